@@ -1,0 +1,242 @@
+/**
+ * Virtual machines.
+ *
+ * @module
+ */
+
+import { Choice, choice, type EngineChoice, type ImageSource, type KernelSource } from "./image.ts";
+import type { Disk } from "./disk.ts";
+import { type Nic, nicSchema } from "./network.ts";
+import { type Input, type Output, reference } from "./output.ts";
+import { type Probe, probeSchema } from "./probe.ts";
+import { isResource, type KindDefinition, type LifecycleOptions, Resource } from "./resource.ts";
+import {
+  array,
+  boolean,
+  custom,
+  duration,
+  either,
+  number,
+  object,
+  oneOf,
+  optional,
+  record,
+  resource,
+  type Schema,
+  size,
+  string,
+} from "./schema.ts";
+import type { Duration, Size } from "./units.ts";
+
+/** A disk with how the guest uses it. A bare {@linkcode Disk} is attached and not mounted. */
+export interface DiskAttachment {
+  /** The disk. */
+  readonly disk: Disk;
+  /** Directory of the guest to mount it on at boot; not mounted unless told. */
+  readonly mount?: Input<string>;
+  /** Whether the guest may not write. */
+  readonly readOnly?: Input<boolean>;
+}
+
+/** A file to put into the guest at boot. A bare text has mode 0644. */
+export interface GuestFile {
+  /** The content. */
+  readonly content: Input<string>;
+  /** Permission bits, such as `0o755`. */
+  readonly mode?: Input<number>;
+}
+
+/** Props of a {@linkcode vm}. */
+export interface VmProps<N extends Readonly<Record<string, Nic>> = Readonly<Record<string, Nic>>> {
+  /** How many vCPUs; 1 unless told. */
+  readonly cpus?: Input<number>;
+  /** Memory of the guest. */
+  readonly memory: Input<Size>;
+  /** How far memory can grow without a reboot; twice `memory` unless told. */
+  readonly maxMemory?: Input<Size>;
+  /** Where root file system and kernel come from. */
+  readonly image: ImageSource;
+  /** Kernel to boot in place of the image's own. */
+  readonly kernel?: KernelSource;
+  /** More words for the kernel's command line. */
+  readonly cmdline?: Input<string>;
+  /** Size of the root disk; the image's own size unless told. */
+  readonly rootSize?: Input<Size>;
+  /** Disks, by a name of your choice. */
+  readonly disks?: Readonly<Record<string, Disk | DiskAttachment>>;
+  /** NICs, by the name of the interface in the guest. */
+  readonly nics?: N;
+  /** Environment of `command` and of `exec`. */
+  readonly env?: Readonly<Record<string, Input<string>>>;
+  /** Files to put into the guest at boot, by path. */
+  readonly files?: Readonly<Record<string, Input<string> | GuestFile>>;
+  /** Shell script to run in the guest at each boot, in the background. */
+  readonly command?: Input<string>;
+  /** What must hold before the machine counts as ready; that the guest answers, unless told. */
+  readonly ready?: Probe | readonly Probe[];
+  /** Which hypervisor runs it; `auto()` unless told. */
+  readonly engine?: EngineChoice;
+  /** Host name; derived from the address unless told. */
+  readonly hostname?: Input<string>;
+  /** Whether it should run; `"running"` unless told. */
+  readonly power?: Input<"running" | "stopped">;
+  /** How long the guest may take to shut down before it is powered off; `"30s"` unless told. */
+  readonly shutdownTimeout?: Input<Duration>;
+}
+
+/** What is known of a NIC. */
+export interface NicOutputs<F extends string> {
+  /** Address in its network. */
+  readonly ip: Output<string>;
+  /** Ethernet address. */
+  readonly mac: Output<string>;
+  /** Ports of the host that lead here, by name. */
+  readonly forwards: { readonly [K in F]: Output<number> };
+}
+
+type ForwardNames<N> = N extends Nic<infer F> ? F : never;
+
+/** A declared machine, with what will be known of it. */
+export type Vm<N extends Readonly<Record<string, Nic>> = Readonly<Record<string, Nic>>> = Resource & {
+  /** NICs, by name. */
+  readonly nics: { readonly [K in keyof N]: NicOutputs<ForwardNames<N[K]>> };
+  /** Host name of the guest. */
+  readonly hostname: Output<string>;
+  /** The engine that runs it. */
+  readonly engine: Output<string>;
+};
+
+const diskSchema = resource<Disk>("disk");
+const attachmentSchema: Schema<Disk | DiskAttachment> = custom("a disk", (value, field, report) =>
+  object({
+    disk: diskSchema,
+    mount: optional(string({ pattern: /^\/[^\s]*$/, description: 'an absolute path such as "/srv"' })),
+    readOnly: optional(boolean(), false),
+  }).check(isResource(value) ? { disk: value } : value, field, report));
+
+const fileSchema = custom<Input<string> | GuestFile>("a text or a file", (value, field, report) =>
+  object({
+    content: string(),
+    mode: optional(number({ min: 0, max: 0o7777, integer: true }), 0o644),
+  }).check(typeof value === "string" ? { content: value } : value, field, report));
+
+/** Largest number of vCPUs of one machine. */
+export const MAX_CPUS = 255;
+
+/** Kind of {@linkcode vm}. */
+export const vmDefinition: KindDefinition<VmProps> = {
+  name: "vm",
+  schema: object({
+    cpus: optional(number({ min: 1, max: MAX_CPUS, integer: true }), 1),
+    memory: size({ min: "16MiB" }),
+    maxMemory: optional(size({ min: "16MiB" })),
+    image: choice("image", "debian()"),
+    kernel: optional(choice("kernel", "hostKernel()")),
+    cmdline: optional(string({ pattern: /^[^\n\0]*$/, description: "one line" })),
+    rootSize: optional(size({ min: "16MiB" })),
+    disks: optional(
+      record(attachmentSchema, {
+        key: /^[a-z][\w-]*$/i,
+        keyDescription: "a letter, then letters, digits, _ or -",
+      }),
+    ),
+    nics: optional(record(nicSchema, {
+      key: /^[a-z][a-z0-9_.-]{0,14}$/i,
+      keyDescription: "an interface name of at most 15 letters, digits, _, . or -",
+    })),
+    env: optional(record(string(), { key: /^[A-Za-z_]\w*$/, keyDescription: "letters, digits and _" })),
+    files: optional(record(fileSchema, { key: /^\/[^\0]*[^/\0]$/, keyDescription: "an absolute path" })),
+    command: optional(string()),
+    ready: optional(either(array(probeSchema), probeSchema, Array.isArray)),
+    engine: optional(choice("engine", "auto()"), auto()),
+    hostname: optional(string({
+      pattern: /^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$/,
+      description: "at most 63 lower-case letters, digits and hyphens",
+    })),
+    power: optional(oneOf("running", "stopped"), "running"),
+    shutdownTimeout: optional(duration(), "30s"),
+  }) as unknown as Schema<VmProps>,
+};
+
+/**
+ * Declares a virtual machine.
+ *
+ * @param props What the machine is made of
+ * @param options Lifecycle options
+ * @returns The machine, whose outputs other props may use
+ *
+ * @example
+ * ```ts
+ * import { http, network, vm } from "hypertopia";
+ * import { debian } from "hypertopia/stdlib";
+ *
+ * const lan = network({ cidr: "10.20.0.0/24" });
+ * const web = vm({
+ *   memory: "128MiB",
+ *   image: debian(),
+ *   nics: { eth0: lan.nic({ forwards: { http: { guest: 80 } } }) },
+ *   command: "httpd -f -h /srv",
+ *   ready: http(80),
+ * });
+ * const port = web.nics.eth0.forwards.http;
+ * ```
+ */
+export function vm<const N extends Readonly<Record<string, Nic>> = Record<never, never>>(
+  props: VmProps<N>,
+  options?: LifecycleOptions,
+): Vm<N> {
+  const machine = new Resource(vmDefinition, props, options);
+  const nics: Record<string, NicOutputs<string>> = {};
+  for (const [name, nic] of Object.entries(props.nics ?? {})) {
+    const forwards: Record<string, Output<number>> = {};
+    for (const forward of nic?.forwardNames ?? []) {
+      forwards[forward] = reference(machine, ["nics", name, "forwards", forward]);
+    }
+    nics[name] = {
+      ip: reference(machine, ["nics", name, "ip"]),
+      mac: reference(machine, ["nics", name, "mac"]),
+      forwards: Object.freeze(forwards),
+    };
+  }
+  Object.assign(machine, {
+    nics: Object.freeze(nics),
+    hostname: reference(machine, ["hostname"]),
+    engine: reference(machine, ["engine"]),
+  });
+  return Object.freeze(machine) as Vm<N>;
+}
+
+/**
+ * Chooses the first engine that can run the machine on this host.
+ *
+ * @returns The engine choice
+ */
+export function auto(): EngineChoice {
+  return new Choice("engine", "auto", object({}), {});
+}
+
+/** Options of {@linkcode qemu}. */
+export interface QemuOptions {
+  /** Accelerator; the best one that a probe finds usable unless told. */
+  readonly accelerator?: "kvm" | "tcg";
+  /** Program to run; `"qemu-system-x86_64"` unless told. */
+  readonly binary?: string;
+  /** More arguments for the program, after all others. */
+  readonly extraArguments?: readonly string[];
+}
+
+const qemuSchema = object({
+  accelerator: optional(oneOf("kvm", "tcg")),
+  binary: optional(string()),
+  extraArguments: optional(array(string())),
+});
+
+/**
+ * Runs the machine in QEMU.
+ *
+ * @param options Accelerator and program
+ * @returns The engine choice
+ */
+export function qemu(options: QemuOptions = {}): EngineChoice {
+  return new Choice("engine", "qemu", qemuSchema, options);
+}

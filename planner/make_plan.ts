@@ -1,0 +1,482 @@
+/**
+ * Plan: from declarations, state and the world to an ordered graph of operations.
+ *
+ * @module
+ */
+
+import { createHash } from "node:crypto";
+import {
+  type Declaration,
+  type Graph,
+  isOutput,
+  isPlainObject,
+  isResource,
+  type Resource,
+} from "../dsl/mod.ts";
+import { diff, findDrift, worst } from "./diff.ts";
+import { PlannerError } from "./errors.ts";
+import { DISRUPTION_CLASSES, type DisruptionClass, type Instance, type Json } from "./kind.ts";
+import { instanceOf, type Kinds, type Observations, observe, requireKind } from "./observe.ts";
+import { type Change, type Operation, type OutputChange, type Plan, type PlanSummary } from "./plan.ts";
+import { objectId, type ResourceRecord, type State } from "./state.ts";
+import { canonical, equal, hasUnknown, resolve, reveal, UNKNOWN } from "./values.ts";
+
+/** How to plan. */
+export interface PlanOptions {
+  /** The declarations. */
+  readonly graph: Graph;
+  /** The state. */
+  readonly state: State;
+  /** The known kinds. */
+  readonly kinds: Kinds;
+  /** `normal` unless told. */
+  readonly mode?: Plan["mode"];
+  /** Whether to look at the world; yes unless told. */
+  readonly refresh?: boolean;
+  /** Addresses to plan for, with what they depend on; a path covers what is inside it. All unless told. */
+  readonly targets?: readonly string[];
+  /** Addresses to leave out, with what depends on them. */
+  readonly exclude?: readonly string[];
+  /** Addresses to replace in any case. */
+  readonly replace?: readonly string[];
+  /** Refuse a plan that disturbs more than this. */
+  readonly maxDisruption?: DisruptionClass;
+  /** Aborted by Ctrl-C. */
+  readonly signal?: AbortSignal;
+}
+
+/**
+ * Makes a plan. Nothing is changed.
+ *
+ * @param options Declarations, state and how to plan
+ * @returns The plan
+ * @throws {PlannerError} If the plan would destroy something protected, or disturb more than allowed
+ */
+export async function makePlan(options: PlanOptions): Promise<Plan> {
+  const { graph, state, kinds, mode = "normal", signal = new AbortController().signal } = options;
+  const all = state.records();
+  const deposed = all.filter((record) => record.deposed !== "");
+  const current = all.filter((record) => record.deposed === "");
+  const { records, moved } = move(graph, current);
+  checkAddresses(options, records);
+
+  let observations: Observations | undefined;
+  if (options.refresh !== false) {
+    const instances: (readonly [string, Instance])[] = [];
+    for (const record of records.values()) instances.push([record.kind, instanceOf(record, graph.stack)]);
+    if (mode === "normal") {
+      for (const declaration of graph.resources) {
+        if (!records.has(declaration.address)) {
+          const instance = unrecorded(declaration, graph.stack, state.lineage);
+          if (instance) instances.push([declaration.kind.name, instance]);
+        }
+      }
+    }
+    observations = await observe(instances, knownKinds(graph, kinds), signal);
+  }
+  const base = {
+    stack: graph.stack,
+    lineage: state.lineage,
+    serial: state.serial,
+    created: new Date().toISOString(),
+    configuration: configurationDigest(graph),
+    variables: graph.variables,
+    mode,
+    warnings: [],
+  };
+  if (mode === "refresh-only") {
+    return { ...base, ...refreshOnly(records, observations) };
+  }
+
+  const found = await diff({
+    graph,
+    records,
+    observations,
+    kinds: knownKinds(graph, kinds),
+    replace: new Set(options.replace ?? []),
+    destroy: mode === "destroy",
+    moved,
+  });
+  const changes = select(found.changes, graph, records, options);
+  refuse(changes, graph, records, observations, options.maxDisruption);
+  for (const record of deposed) {
+    changes.push({
+      address: record.address,
+      deposed: record.deposed,
+      kind: record.kind,
+      action: "delete",
+      reason: "deposed",
+      disruption: "none",
+      fields: [],
+      before: record.props,
+      after: undefined,
+      affects: [],
+    });
+  }
+  const operations = order(changes, graph, records, deposed, knownKinds(graph, kinds), state.lineage);
+  const outputs: Record<string, OutputChange> = {};
+  if (!options.targets?.length && !options.exclude?.length) {
+    const before = state.outputs();
+    for (const name of new Set([...before.keys(), ...found.outputs.keys()])) {
+      const change = { before: before.get(name), after: found.outputs.get(name) };
+      if (!equal(change.before, change.after)) outputs[name] = change;
+    }
+  }
+  return { ...base, changes, drift: found.drift, outputs, operations };
+}
+
+/**
+ * Counts what a plan does.
+ *
+ * @param plan The plan
+ * @returns The counts and the worst disruption
+ */
+export function summarise(plan: Plan): PlanSummary {
+  const count = (...actions: string[]) => plan.changes.filter((each) => actions.includes(each.action)).length;
+  return {
+    add: count("create", "replace"),
+    change: count("update"),
+    destroy: count("delete", "replace"),
+    forget: count("forget"),
+    disruption: worst(
+      plan.changes.filter((each) => each.action === "update" || each.action === "replace").map((each) =>
+        each.disruption
+      ),
+    ),
+  };
+}
+
+/**
+ * Adds the kinds that the declarations themselves bring along.
+ *
+ * @param graph The declarations
+ * @param kinds Kinds by name
+ * @returns All of them
+ */
+export function knownKinds(graph: Graph, kinds: Kinds): Kinds {
+  const result = new Map(kinds);
+  for (const { kind } of graph.resources) {
+    if (!result.has(kind.name) && "ensure" in kind && "observe" in kind) {
+      result.set(kind.name, kind as unknown as Parameters<typeof result.set>[1]);
+    }
+  }
+  return result;
+}
+
+/**
+ * A digest of declarations, functions in outputs included: a saved plan is bound to it.
+ *
+ * @param graph The declarations
+ * @returns Hexadecimal SHA-256
+ */
+export function configurationDigest(graph: Graph): string {
+  const describe = (value: unknown): unknown => {
+    if (isResource(value)) return { $resource: graph.addresses.get(value) };
+    if (isOutput(value)) {
+      const { expression } = value;
+      if (expression.type === "value") {
+        return { $value: createHash("sha256").update(canonical(expression.value)).digest("hex") };
+      }
+      if (expression.type === "reference") {
+        return { $output: [graph.addresses.get(expression.resource as Resource), ...expression.path] };
+      }
+      return { $compute: String(expression.compute), inputs: expression.inputs.map(describe) };
+    }
+    if (Array.isArray(value)) return value.map(describe);
+    if (!isPlainObject(value)) return value;
+    return Object.fromEntries(Object.entries(value).map(([key, each]) => [key, describe(each)]));
+  };
+  const hash = createHash("sha256");
+  for (const { address, kind, props, options } of graph.resources) {
+    hash.update(canonical([address, kind.name, describe(props), options]));
+  }
+  hash.update(canonical([...graph.outputs].map(([name, value]) => [name, describe(value)])));
+  return hash.digest("hex");
+}
+
+/** Applies `movedFrom`: the record keeps its object and takes the new address. */
+function move(
+  graph: Graph,
+  current: readonly ResourceRecord[],
+): { records: Map<string, ResourceRecord>; moved: Map<string, string> } {
+  const records = new Map(current.map((record) => [record.address, record]));
+  const moved = new Map<string, string>();
+  for (const { address, options } of graph.resources) {
+    const from = options.movedFrom;
+    const record = from === undefined ? undefined : records.get(from);
+    if (!record || from === undefined || records.has(address) || graph.byAddress.has(from)) continue;
+    records.delete(from);
+    records.set(address, { ...record, address });
+    moved.set(address, from);
+  }
+  if (moved.size > 0) {
+    const renamed = new Map([...moved].map(([to, from]) => [from, to]));
+    for (const [address, record] of records) {
+      if (record.dependencies.some((each) => renamed.has(each))) {
+        records.set(address, {
+          ...record,
+          dependencies: record.dependencies.map((each) => renamed.get(each) ?? each),
+        });
+      }
+    }
+  }
+  return { records, moved };
+}
+
+function checkAddresses(options: PlanOptions, records: ReadonlyMap<string, ResourceRecord>): void {
+  const known = [...new Set([...options.graph.byAddress.keys(), ...records.keys()])];
+  for (
+    const [flag, list] of [["target", options.targets], ["exclude", options.exclude], [
+      "replace",
+      options.replace,
+    ]] as const
+  ) {
+    for (const address of list ?? []) {
+      if (known.some((each) => isWithin(each, address))) continue;
+      throw new PlannerError(
+        `Cannot use --${flag}=${address} as stack "${options.graph.stack}" has no such resource: ` +
+          `list its addresses with: state list`,
+      );
+    }
+  }
+}
+
+/** Whether an address is a target or inside it. */
+function isWithin(address: string, target: string): boolean {
+  return address === target || (address.startsWith(target) && /^[.[]/.test(address.slice(target.length)));
+}
+
+/** A declared instance that is not on record, as far as it can be looked for: its props must be known. */
+function unrecorded(declaration: Declaration, stack: string, lineage: string): Instance | undefined {
+  const props = resolve(declaration.props, {
+    output: () => UNKNOWN,
+    reference: (resource) => ({ $resource: "", kind: resource.kind.name, generation: 0 }),
+  });
+  if (hasUnknown(props)) return undefined;
+  return {
+    address: declaration.address,
+    id: objectId(lineage, declaration.address, 0),
+    stack,
+    props: reveal(props) as Json,
+    outputs: undefined,
+  };
+}
+
+function refreshOnly(
+  records: ReadonlyMap<string, ResourceRecord>,
+  observations: Observations | undefined,
+): Pick<Plan, "changes" | "drift" | "outputs" | "operations"> {
+  const { drift, live } = findDrift(records, observations);
+  const changes: Change[] = drift.map(({ address, kind, isGone, fields }) => ({
+    address,
+    deposed: "",
+    kind,
+    action: isGone ? "forget" : "update",
+    disruption: "none",
+    fields: fields.map((field) => ({ ...field, disruption: "none" as const, mechanism: "recorded only" })),
+    before: records.get(address)!.props,
+    after: live.get(address)?.props,
+    affects: [],
+  }));
+  const operations: Operation[] = changes.map((change, index) => {
+    const record = records.get(change.address)!;
+    return {
+      type: change.action === "forget" ? "forget" : "refresh",
+      address: change.address,
+      deposed: "",
+      id: record.id,
+      generation: record.generation,
+      change: index,
+      after: [],
+    };
+  });
+  return { changes, drift, outputs: {}, operations };
+}
+
+/** Turns changes outside of the targets into no-ops. */
+function select(
+  changes: readonly Change[],
+  graph: Graph,
+  records: ReadonlyMap<string, ResourceRecord>,
+  options: PlanOptions,
+): Change[] {
+  const { targets = [], exclude = [] } = options;
+  if (targets.length === 0 && exclude.length === 0) return [...changes];
+  const dependenciesOf = (address: string): readonly string[] =>
+    graph.byAddress.get(address)?.dependencies ?? records.get(address)?.dependencies ?? [];
+  const selected = new Set<string>();
+  if (targets.length > 0) {
+    const deleted = new Set(changes.filter((each) => each.action === "delete").map((each) => each.address));
+    const queue = changes.map((each) => each.address).filter((each) =>
+      targets.some((target) => isWithin(each, target))
+    );
+    for (let next = queue.pop(); next !== undefined; next = queue.pop()) {
+      if (selected.has(next)) continue;
+      selected.add(next);
+      // A deletion takes its dependents along, anything else what it depends on.
+      if (!deleted.has(next)) queue.push(...dependenciesOf(next));
+      else for (const each of deleted) if (records.get(each)?.dependencies.includes(next)) queue.push(each);
+    }
+  } else {
+    for (const change of changes) selected.add(change.address);
+  }
+  const dropped = changes.map((each) => each.address).filter((each) =>
+    exclude.some((path) => isWithin(each, path))
+  );
+  for (let next = dropped.pop(); next !== undefined; next = dropped.pop()) {
+    if (!selected.delete(next)) continue;
+    for (const { address } of changes) if (dependenciesOf(address).includes(next)) dropped.push(address);
+  }
+  return changes.filter((each) => selected.has(each.address));
+}
+
+/** Refuses what is protected, what must not be adopted, and what disturbs too much. */
+function refuse(
+  changes: readonly Change[],
+  graph: Graph,
+  records: ReadonlyMap<string, ResourceRecord>,
+  observations: Observations | undefined,
+  maxDisruption: DisruptionClass | undefined,
+): void {
+  const problems: string[] = [];
+  for (const change of changes) {
+    const { address, action, fields } = change;
+    const declaration = graph.byAddress.get(address);
+    const isProtected = declaration
+      ? declaration.options.protect === true
+      : records.get(address)?.protect === true;
+    if (isProtected && (action === "delete" || action === "replace")) {
+      const why = action === "replace" && fields.length > 0
+        ? ` (${fields.map((each) => each.field).join(", ")} changes)`
+        : "";
+      problems.push(
+        `Cannot ${action === "delete" ? "destroy" : "replace"} "${address}" as it is protected${why}: ` +
+          (declaration
+            ? "set protect to false first"
+            : "declare it again with protect set to false, and apply that first"),
+      );
+    }
+    if (change.reason === "adopt" && observations?.has(address) && declaration?.options.adopt !== true) {
+      problems.push(
+        `Cannot create "${address}" as its ${change.kind} exists already and is not on record: ` +
+          `remove it by hand, or take it over with { adopt: true }`,
+      );
+    }
+    if (
+      maxDisruption !== undefined && action !== "no-op" &&
+      DISRUPTION_CLASSES.indexOf(change.disruption) > DISRUPTION_CLASSES.indexOf(maxDisruption)
+    ) {
+      const which = fields.filter((each) => each.disruption === change.disruption).map((each) => each.field)
+        .join(", ");
+      problems.push(
+        `Cannot ${action} "${address}" as its disruption is "${change.disruption}"${
+          which ? ` (${which})` : ""
+        } and ` +
+          `--max-disruption=${maxDisruption} allows less: raise the limit or take the change back`,
+      );
+    }
+  }
+  if (problems.length > 0) throw new PlannerError(problems.join("\n"));
+}
+
+/** Makes the operations and the order between them. */
+function order(
+  changes: readonly Change[],
+  graph: Graph,
+  records: ReadonlyMap<string, ResourceRecord>,
+  deposed: readonly ResourceRecord[],
+  kinds: Kinds,
+  lineage: string,
+): Operation[] {
+  const operations: { -readonly [K in keyof Operation]: K extends "after" ? number[] : Operation[K] }[] = [];
+  const add = (type: Operation["type"], change: number, id: string, generation: number, old = "") =>
+    operations.push({
+      type,
+      address: changes[change]!.address,
+      deposed: old,
+      id,
+      generation,
+      change,
+      after: [],
+    }) - 1;
+  const declaredDependencies = (address: string) => graph.byAddress.get(address)?.dependencies ?? [];
+
+  // A replacement that is made first needs what it depends on to be made first too.
+  const createFirst = new Set<string>();
+  const byAddress = new Map(changes.map((change) => [change.address, change]));
+  for (const declaration of [...graph.resources].reverse()) {
+    const { address, options } = declaration;
+    if (byAddress.get(address)?.action !== "replace") continue;
+    const kindRule = kinds.get(declaration.kind.name)?.replace === "create-first";
+    if (options.createBeforeDestroy ?? (kindRule || createFirst.has(address))) {
+      createFirst.add(address);
+      for (const target of declaration.dependencies) createFirst.add(target);
+    }
+  }
+
+  const up = new Map<string, number>(); // the operation that makes an address ready for its dependents
+  const down = new Map<string, number>(); // the operation that removes the current object of an address
+  const late = new Map<string, number>(); // the removal of an object that was set aside
+  changes.forEach((change, index) => {
+    const { address, action } = change;
+    const record = records.get(address);
+    const generation = record?.generation ?? 0;
+    const id = record?.id ?? objectId(lineage, address, 0);
+    if (change.deposed !== "") {
+      const old = deposed.find((each) => each.address === address && each.deposed === change.deposed)!;
+      late.set(`${address} ${change.deposed}`, add("delete", index, old.id, old.generation, change.deposed));
+    } else if (action === "create") {
+      up.set(address, add("create", index, id, generation));
+    } else if (action === "update") {
+      up.set(address, add("update", index, id, generation));
+    } else if (action === "forget") {
+      down.set(address, add("forget", index, id, generation));
+    } else if (action === "delete") {
+      down.set(address, add("delete", index, id, generation));
+    } else if (action === "replace") {
+      const next = generation + 1;
+      const nextId = objectId(lineage, address, next);
+      if (createFirst.has(address) && record?.status !== "deleting") {
+        const set = add("depose", index, id, generation);
+        const made = add("create", index, nextId, next);
+        operations[made]!.after.push(set);
+        up.set(address, made);
+        const removed = add("delete", index, id, generation, String(generation));
+        operations[removed]!.after.push(made);
+        late.set(`${address} ${generation}`, removed);
+      } else {
+        const removed = add("delete", index, id, generation);
+        const made = add("create", index, nextId, next);
+        operations[made]!.after.push(removed);
+        up.set(address, made);
+        down.set(address, removed);
+      }
+    }
+  });
+
+  for (const [address, made] of up) {
+    for (const target of declaredDependencies(address)) {
+      const before = up.get(target);
+      if (before !== undefined) operations[made]!.after.push(before);
+    }
+  }
+  // Removal runs against the direction of dependencies, once the users of the object have let go of it.
+  for (const [address, record] of records) {
+    for (const target of record.dependencies) {
+      const removal = down.get(target);
+      if (removal === undefined) continue;
+      const isReplaced = up.has(target);
+      const before = down.get(address) ?? (isReplaced ? undefined : up.get(address));
+      if (before !== undefined && before !== removal) operations[removal]!.after.push(before);
+    }
+  }
+  for (const [key, removal] of late) {
+    const address = key.slice(0, key.lastIndexOf(" "));
+    for (const record of records.values()) {
+      if (!record.dependencies.includes(address)) continue;
+      const before = up.get(record.address) ?? down.get(record.address);
+      if (before !== undefined) operations[removal]!.after.push(before);
+    }
+  }
+  return operations.map((each) => ({ ...each, after: [...new Set(each.after)] }));
+}
