@@ -1,0 +1,4 @@
+import configuration from "../deno.json" with { type: "json" };
+
+/** Version of this release. */
+export const VERSION: string = configuration.version;

@@ -1,0 +1,347 @@
+/**
+ * Debian guests, built from packages that apt has checked.
+ *
+ * @module
+ */
+
+import { basename, join } from "node:path";
+import {
+  array,
+  Choice,
+  type Chosen,
+  custom,
+  type ImageSource,
+  type KernelSource,
+  object,
+  oneOf,
+  optional,
+  parseSize,
+  type Size,
+  size,
+  string,
+} from "../dsl/mod.ts";
+import { MachineError } from "../vmm/errors.ts";
+import { removeIfThere } from "../vmm/files.ts";
+import type {
+  BuildContext,
+  BuiltImage,
+  BuiltKernel,
+  ImageBuilder,
+  KernelBuilder,
+} from "../vmm/images/builder.ts";
+import { runTool, storeEntry, storeKey } from "../vmm/images/store.ts";
+import { Apt } from "./apt.ts";
+
+/** Options that {@linkcode debian} and {@linkcode debianKernel} share. */
+export interface DebianArchiveOptions {
+  /** Suite; `"bookworm"` unless told. */
+  readonly suite?: string;
+  /** Address of a mirror; that of the system's own apt configuration unless told. */
+  readonly mirror?: string;
+  /** Path of a keyring that the mirror is checked against; Debian's own unless told. */
+  readonly keyring?: string;
+  /** Any text: another one builds again, with the newest packages. */
+  readonly revision?: string;
+}
+
+/** Options of {@linkcode debianKernel}. */
+export interface DebianKernelOptions extends DebianArchiveOptions {
+  /** Flavour: `cloud` is small and boots fast, `generic` has every driver; `"cloud"` unless told. */
+  readonly flavour?: "cloud" | "generic";
+}
+
+/** Options of {@linkcode debian}. */
+export interface DebianOptions extends DebianKernelOptions {
+  /**
+   * Packages of the root file system. With them the guest is a full Debian with systemd; without them it is a minimal
+   * one that lives in memory: kernel, busybox and our agent.
+   */
+  readonly packages?: readonly string[];
+  /** `minimal` or `full`; full where there are packages, unless told. */
+  readonly form?: "minimal" | "full";
+  /** Capacity of the root file system of a full guest; `"2GiB"` unless told. */
+  readonly size?: Size;
+  /** Kernel modules to load at boot. */
+  readonly modules?: readonly string[];
+}
+
+const archiveShape = {
+  suite: optional(
+    string({ pattern: /^[a-z][a-z0-9-]*$/, description: 'a suite such as "bookworm"' }),
+    "bookworm",
+  ),
+  mirror: optional(custom<string>("an address such as http://host/debian", (value, field, report) => {
+    if (typeof value !== "string" || !/^(https?|file|copy):\S+$/.test(value)) {
+      report(field, "Value must be the address of a mirror", value);
+    }
+    return value;
+  })),
+  keyring: optional(string({ pattern: /^\//, description: "an absolute path" })),
+  revision: optional(string()),
+};
+const kernelShape = { ...archiveShape, flavour: optional(oneOf("cloud", "generic"), "cloud") };
+const packageName = string({
+  pattern: /^[a-z0-9][a-z0-9+.-]+$/,
+  description: "the name of a Debian package",
+});
+const imageSchema = object({
+  ...kernelShape,
+  packages: optional(array(packageName)),
+  form: optional(oneOf("minimal", "full")),
+  size: optional(size({ min: "256MiB" })),
+  modules: optional(array(string({ pattern: /^[\w-]+$/, description: "the name of a kernel module" }))),
+});
+
+/**
+ * A Debian guest. Without packages it is minimal: it lives in memory, boots in seconds even under emulation, and has
+ * busybox. With packages it is a full Debian with systemd on a root disk of its own.
+ *
+ * @param options Suite, packages and kernel
+ * @returns The image, for a machine's `image`
+ *
+ * @example
+ * ```ts
+ * import { debian } from "hypertopia/stdlib";
+ *
+ * const small = debian();
+ * const server = debian({ packages: ["nginx-light"] });
+ * ```
+ */
+export function debian(options: DebianOptions = {}): ImageSource {
+  return new Choice("image", "debian", imageSchema, options);
+}
+
+/**
+ * A Debian kernel, for a machine's `kernel`.
+ *
+ * @param options Suite and flavour
+ * @returns The kernel
+ */
+export function debianKernel(options: DebianKernelOptions = {}): KernelSource {
+  return new Choice("kernel", "debian", object(kernelShape), options);
+}
+
+/** Packages of every full guest. */
+const BASE_PACKAGES: readonly string[] = ["systemd-sysv", "udev", "kmod", "iproute2", "e2fsprogs"];
+const DEFAULT_SIZE: Size = "2GiB";
+
+function aptFor(recipe: Chosen, context: BuildContext): Promise<Apt> {
+  return Apt.open(context, {
+    suite: recipe.suite as string,
+    arch: "amd64",
+    mirror: recipe.mirror as string | undefined,
+    keyring: recipe.keyring as string | undefined,
+  });
+}
+
+function archiveOf(recipe: Chosen): readonly unknown[] {
+  return [recipe.suite, recipe.mirror ?? "", recipe.revision ?? ""];
+}
+
+/** Builds {@linkcode debianKernel}. */
+export const debianKernelBuilder: KernelBuilder = {
+  type: "debian",
+  async build(recipe, context): Promise<BuiltKernel> {
+    const flavour = recipe.flavour === "generic" ? "amd64" : "cloud-amd64";
+    const key = storeKey("debian-kernel", archiveOf(recipe), flavour);
+    const { folder, about } = await storeEntry(
+      context,
+      `kernels/${key}`,
+      `the ${flavour} kernel`,
+      async (part) => {
+        const apt = await aptFor(recipe, context);
+        const name = await apt.dependency(`linux-image-${flavour}`, /^linux-image-\d/);
+        const version = (await apt.versions([name])).get(name);
+        const tree = join(part, "tree");
+        await apt.unpack(name, tree);
+        const release = name.replace("linux-image-", "");
+        await Deno.rename(join(tree, "boot", `vmlinuz-${release}`), join(part, "vmlinuz"));
+        const modules = await firstThere([
+          join(tree, "lib/modules", release),
+          join(tree, "usr/lib/modules", release),
+        ]);
+        await Deno.mkdir(join(part, "modules"));
+        await Deno.rename(modules, join(part, "modules", release));
+        await Deno.remove(tree, { recursive: true });
+        return { package: name, version, release };
+      },
+    );
+    return {
+      key: `${key}-${about.release}`,
+      kernel: join(folder, "vmlinuz"),
+      modules: join(folder, "modules", String(about.release)),
+    };
+  },
+};
+
+/** Builds {@linkcode debian}. */
+export const debianBuilder: ImageBuilder = {
+  type: "debian",
+  async build(recipe, context): Promise<BuiltImage> {
+    const kernel = await debianKernelBuilder.build(recipe, context);
+    const busybox = await debianBusybox(recipe, context);
+    const packages = recipe.packages as readonly string[] | undefined;
+    const common = {
+      kernel,
+      busybox,
+      modules: (recipe.modules as readonly string[] | undefined) ?? [],
+      cmdline: "",
+    };
+    const form = recipe.form ?? (packages?.length ? "full" : "minimal");
+    if (form === "minimal") {
+      return { key: storeKey("debian-minimal", kernel.key), root: undefined, ...common };
+    }
+    const { key, path, bytes } = await buildRoot(recipe, packages ?? [], kernel, context);
+    return {
+      key,
+      root: { path, format: "raw", size: bytes, filesystem: "ext4", init: "/sbin/init" },
+      ...common,
+    };
+  },
+};
+
+/**
+ * Finds Debian's static busybox in the cache, or fetches it.
+ *
+ * @param recipe Suite and mirror
+ * @param context Cache, signal and progress
+ * @returns Path of the program
+ */
+export async function debianBusybox(recipe: Chosen, context: BuildContext): Promise<string> {
+  const { folder } = await storeEntry(
+    context,
+    `busybox/${storeKey("busybox", archiveOf(recipe))}`,
+    "busybox",
+    async (part) => {
+      const apt = await aptFor(recipe, context);
+      const tree = join(part, "tree");
+      await apt.unpack("busybox-static", tree);
+      const found = await firstThere([join(tree, "bin/busybox"), join(tree, "usr/bin/busybox")]);
+      await Deno.rename(found, join(part, "busybox"));
+      await Deno.remove(tree, { recursive: true });
+      return { version: (await apt.versions(["busybox-static"])).get("busybox-static") };
+    },
+  );
+  return join(folder, "busybox");
+}
+
+/** The kernel of images that bring none, such as {@linkcode directory}. */
+export const DEFAULT_KERNEL: Chosen = { type: "debian", suite: "bookworm", flavour: "cloud" };
+
+async function buildRoot(
+  recipe: Chosen,
+  packages: readonly string[],
+  kernel: BuiltKernel,
+  context: BuildContext,
+): Promise<{ key: string; path: string; bytes: number }> {
+  const bytes = parseSize((recipe.size as string | undefined) ?? DEFAULT_SIZE);
+  const wanted = [...new Set([...BASE_PACKAGES, ...packages])].sort();
+  const key = storeKey("debian-root", archiveOf(recipe), wanted, kernel.key, bytes);
+  const { folder } = await storeEntry(
+    context,
+    `roots/${key}`,
+    `the Debian image with ${packages.join(", ") || "no packages"}`,
+    async (part) => {
+      const apt = await aptFor(recipe, context);
+      const versions = await apt.versions(wanted);
+      const image = join(part, "root.ext4");
+      await runMmdebstrap(recipe, apt, wanted, kernel, image, bytes, context);
+      return { packages: Object.fromEntries(versions) };
+    },
+  );
+  return { key, path: join(folder, "root.ext4"), bytes };
+}
+
+async function runMmdebstrap(
+  recipe: Chosen,
+  apt: Apt,
+  packages: readonly string[],
+  kernel: BuiltKernel,
+  image: string,
+  bytes: number,
+  context: BuildContext,
+): Promise<void> {
+  const modules = kernel.modules!;
+  const release = basename(modules);
+  const isRoot = Deno.uid() === 0;
+  // Hooks run as the root of the new system: without real root, that one may not write into our cache.
+  const made = isRoot ? image : "$1.ext4";
+  const sizeOption = `${Math.floor(bytes / 1024)}k`;
+  const hooks = [
+    `mkdir -p "$1/lib/modules"`,
+    `copy-in ${quote(modules)} /lib/modules`,
+    `chroot "$1" depmod ${quote(release)}`,
+    `rm -f "$1/etc/hostname" "$1/etc/machine-id"; : >"$1/etc/machine-id"; rm -rf "$1"/var/cache/apt/archives/*.deb "$1"/var/lib/apt/lists/*_*`,
+    `mke2fs -q -t ext4 -L root -m 0 -d "$1" -E root_owner=0:0 ${
+      isRoot ? quote(made) : `"${made}"`
+    } ${sizeOption}`,
+    ...(isRoot ? [] : [`mv "${made}" "$1/image.ext4"`, `download /image.ext4 ${quote(image)}`]),
+  ];
+  let step = "";
+  await runTool(
+    "mmdebstrap",
+    [
+      "--variant=minbase",
+      "--format=null",
+      `--mode=${isRoot ? "root" : "unshare"}`,
+      `--architectures=amd64`,
+      `--include=${packages.join(",")}`,
+      "--dpkgopt=path-exclude=/usr/share/man/*",
+      "--dpkgopt=path-exclude=/usr/share/locale/*",
+      "--dpkgopt=path-exclude=/usr/share/doc/*",
+      "--dpkgopt=path-include=/usr/share/doc/*/copyright",
+      ...(await aptAcquireOptions(context)).map((option) => `--aptopt=${option}`),
+      ...hooks.map((hook) => `--customize-hook=${hook}`),
+      recipe.suite as string,
+      "/dev/null",
+      apt.sourcesFile,
+    ],
+    context,
+    {
+      package: "mmdebstrap",
+      env: { PATH: `${Deno.env.get("PATH") ?? ""}:/usr/sbin:/sbin` },
+      onLine(line) {
+        const next = /^I: (.*?)(\.\.\.)?$/.exec(line)?.[1];
+        if (next !== undefined && next !== step) {
+          context.report(`building the root file system: ${step = next}`);
+        }
+      },
+    },
+  );
+  if (!isRoot) {
+    // The way out through a pipe has filled the holes of the file.
+    await runTool("cp", ["--sparse=always", image, `${image}.sparse`], context, { package: "coreutils" });
+    await Deno.rename(`${image}.sparse`, image);
+  }
+  await removeIfThere(`${image}.part`);
+}
+
+/** How the system's apt reaches its mirrors: proxies, certificates and the like hold for the new system's build too. */
+async function aptAcquireOptions(context: BuildContext): Promise<string[]> {
+  const dump = await runTool(
+    "apt-config",
+    ["dump", "--no-empty", "--format", '%F "%v";%n', "Acquire"],
+    context,
+    { package: "apt" },
+  );
+  return dump.split("\n").filter((line) =>
+    /^Acquire::(http|https|ftp|Check-|Max-|Retries|ForceIPv|SOCKS)/i.test(line) &&
+    !/::(Dl-Limit|User-Agent)/.test(line)
+  ).map((line) => line.replace(/;$/, ""));
+}
+
+async function firstThere(paths: readonly string[]): Promise<string> {
+  for (const path of paths) {
+    try {
+      await Deno.stat(path);
+      return path;
+    } catch {
+      // The next one.
+    }
+  }
+  throw new MachineError(`Cannot find "${paths[0]}" in the unpacked package: its layout is not known`);
+}
+
+function quote(path: string): string {
+  return `'${path.replaceAll("'", "'\\''")}'`;
+}

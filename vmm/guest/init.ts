@@ -1,0 +1,252 @@
+/**
+ * The guest's /init: what the kernel runs from the initramfs. It makes the machine what its configuration
+ * says and then either stays (the minimal guest) or hands over to the root's init.
+ *
+ * @module
+ */
+
+import { GUEST_RUN_DIRECTORY } from "./agent.ts";
+
+/**
+ * The script to be put at `/init` of the initramfs, beside `/hypertopia/busybox`, `/hypertopia/agent`,
+ * `/hypertopia/modules/` and `/hypertopia/config/`.
+ *
+ * It starts the agent the same way in front of every init: as a process chrooted to the final root before
+ * PID 1 goes there, so the guest answers whatever its init is and however far that gets.
+ */
+export const INIT_SCRIPT: string = `#!/hypertopia/busybox sh
+bb=/hypertopia/busybox
+run=${GUEST_RUN_DIRECTORY}
+export PATH=/bin
+
+say() {
+  echo "hypertopia: $*" >/dev/console
+}
+
+# Nothing can be asked of a guest that fails here, so it says why on its console and stops.
+fail() {
+  say "$*"
+  sleep 1
+  poweroff -f
+  sleep 60
+}
+
+# find_disk SERIAL: sets device.
+find_disk() {
+  for entry in /sys/block/*/serial; do
+    # There is no newline at its end, which read takes for a failure.
+    serial=
+    { read -r serial <"$entry"; } 2>/dev/null
+    [ "$serial" = "$1" ] || continue
+    entry=\${entry%/serial}
+    device=/dev/\${entry##*/}
+    return 0
+  done
+  return 1
+}
+
+# find_device DEVICE: sets device, waiting for one that is still being probed.
+find_device() {
+  tries=100
+  while [ "$tries" -gt 0 ]; do
+    case $1 in
+      serial=*) find_disk "\${1#serial=}" && return 0 ;;
+      *) device=$1 && [ -b "$1" ] && return 0 ;;
+    esac
+    sleep 0.1
+    tries=$((tries - 1))
+  done
+  return 1
+}
+
+load_modules() {
+  [ -f /hypertopia/modules/order ] || return 0
+  while read -r module; do
+    insmod "/hypertopia/modules/$module" || say "module $module was not loaded"
+  done </hypertopia/modules/order
+  rm -rf /hypertopia/modules
+}
+
+# Every NIC gets a name of no other on the way to its own, so that two can swap names; a name given also
+# keeps udev from giving another.
+configure_network() {
+  ip link set dev lo up
+  [ -f /hypertopia/config/network ] || return 0
+  while read -r mac name rest; do
+    for entry in /sys/class/net/*; do
+      { read -r address <"$entry/address"; } 2>/dev/null || continue
+      [ "$address" = "$mac" ] || continue
+      ip link set dev "\${entry##*/}" down
+      ip link set dev "\${entry##*/}" name "ht.$name"
+    done
+  done </hypertopia/config/network
+  while read -r mac name address gateway dns; do
+    if ! [ -e "/sys/class/net/ht.$name" ]; then
+      say "no network device has the address $mac of $name"
+      continue
+    fi
+    ip link set dev "ht.$name" name "$name"
+    ip link set dev "$name" up
+    [ "$address" = - ] || ip address add "$address" dev "$name"
+    case $gateway in
+      -) ;;
+      *:*) ip -6 route add default via "$gateway" dev "$name" ;;
+      *) ip route add default via "$gateway" dev "$name" ;;
+    esac
+  done </hypertopia/config/network
+}
+
+# start_agent SUBCOMMAND: in the final root, which is PID 1's own for as long as root is empty.
+start_agent() {
+  /bin/chroot "$root/" "$bb" setsid "$bb" sh "$run/agent" start "$1" <"$root/dev/null" >"$root/dev/console" 2>&1
+}
+
+# systemd gets a unit instead.
+start_command() {
+  [ ! -f "$root$run/config/command" ] || start_agent command
+}
+
+# settle: the part of the configuration that is written into the final root, from within it, for its
+# symbolic links to mean what they mean there.
+settle() {
+  config=$run/config
+  if [ -f "$config/mounts" ]; then
+    while read -r serial mountpoint type; do
+      mkdir -p "$mountpoint"
+      if ! find_device "serial=$serial"; then
+        say "no disk has the serial number $serial of $mountpoint"
+      elif ! mount -t "$type" "$device" "$mountpoint"; then
+        say "could not mount $device ($serial) on $mountpoint as $type"
+      fi
+    done <"$config/mounts"
+  fi
+  mkdir -p /etc
+  read -r name <"$config/hostname"
+  echo "$name" >/etc/hostname
+  if ! [ -f /etc/hosts ]; then
+    printf '127.0.0.1 localhost\\n::1 localhost ip6-localhost ip6-loopback\\n' >/etc/hosts
+  fi
+  grep -qw -e "$name" /etc/hosts || echo "127.0.1.1 $name" >>/etc/hosts
+  if [ -s "$config/resolv.conf" ]; then
+    # It may be a link to what a resolver that does not run would have written.
+    rm -f /etc/resolv.conf
+    cat "$config/resolv.conf" >/etc/resolv.conf
+  fi
+  [ -f "$config/files/list" ] || return 0
+  while read -r number mode path; do
+    mkdir -p "\${path%/*}/"
+    rm -f "$path"
+    cp "$config/files/$number" "$path" && chmod "$mode" "$path" || say "could not write the file $path"
+  done <"$config/files/list"
+  rm -rf "$config/files"
+}
+
+# systemd finds these in /run: nothing of them is left in the root.
+systemd_units() {
+  units=/run/systemd/system
+  mkdir -p "$units/multi-user.target.wants" /run/systemd/system-environment-generators
+  # systemd starts a login on every virtual console it sees, but this one is the control line.
+  ln -s /dev/null "$units/serial-getty@$control.service"
+  if [ -s "$run/config/environment.systemd" ]; then
+    generator=/run/systemd/system-environment-generators/90-hypertopia
+    printf '#!%s/bin/busybox sh\\n%s/bin/busybox cat %s/config/environment.systemd\\n' \\
+      "$run" "$run" "$run" >"$generator"
+    chmod 755 "$generator"
+  fi
+  if [ -f "$run/config/command" ]; then
+    cat >"$units/hypertopia-command.service" <<END
+[Unit]
+Description=Command of this Hypertopia machine
+After=basic.target network.target
+
+[Service]
+ExecStart=$run/bin/busybox sh $run/agent command
+StandardOutput=journal+console
+StandardError=journal+console
+END
+    ln -s ../hypertopia-command.service "$units/multi-user.target.wants/hypertopia-command.service"
+  fi
+}
+
+# settle INIT CONTROL: PID 1 calls this script again, within the final root.
+if [ "$1" = settle ] && [ "$$" != 1 ]; then
+  PATH=$run/bin:$PATH
+  settle
+  mode=minimal
+  if [ -n "$2" ]; then
+    case $(readlink -f "$2") in
+      */systemd) mode=systemd && control=$3 && systemd_units ;;
+      *) mode=other ;;
+    esac
+  fi
+  echo "$mode" >"$run/mode"
+  exit 0
+fi
+
+"$bb" mkdir -p /proc /sys /dev /run /tmp /bin /etc /root
+"$bb" mount -t proc -o nosuid,nodev,noexec proc /proc
+"$bb" mount -t sysfs -o nosuid,nodev,noexec sysfs /sys
+"$bb" mount -t devtmpfs -o nosuid,mode=755 devtmpfs /dev
+"$bb" mkdir -p /dev/pts /dev/shm
+"$bb" mount -t devpts -o nosuid,noexec,mode=620,gid=5,ptmxmode=666 devpts /dev/pts
+"$bb" mount -t tmpfs -o nosuid,nodev,mode=1777 tmpfs /dev/shm
+"$bb" mount -t tmpfs -o nosuid,nodev,mode=755 tmpfs /run
+"$bb" --install -s /bin
+
+root=
+mkdir -p "$run/bin"
+cp /hypertopia/agent "$run/agent"
+cp /init "$run/init"
+cp -R /hypertopia/config "$run/config"
+
+load_modules
+
+read -r name <"$run/config/hostname"
+hostname "$name"
+configure_network
+
+control=hvc0
+console=
+read -r words </proc/cmdline
+for word in $words; do
+  case $word in hypertopia.control=*) control=\${word#*=} ;; esac
+done
+if read -r words </sys/class/tty/console/active; then
+  for word in $words; do
+    [ "$word" = "$control" ] || console=$word
+  done
+fi
+
+if ! [ -f "$run/config/root" ]; then
+  ln -s "$bb" "$run/bin/busybox"
+  chmod 700 /root
+  chmod 1777 /tmp
+  echo 'root:x:0:0:root:/root:/bin/sh' >/etc/passwd
+  echo 'root:x:0:' >/etc/group
+  "$bb" sh "$run/init" settle
+  start_agent serve
+  start_command
+  exec "$bb" sh "$run/agent" first "$console"
+fi
+
+read -r wanted type init <"$run/config/root"
+root=/newroot
+mkdir -p "$root"
+find_device "$wanted" || fail "no root device $wanted"
+mount -t "$type" -o rw "$device" "$root" || fail "could not mount the root device $device as $type"
+[ -e "$root$init" ] || [ -h "$root$init" ] || fail "no init $init on the root device $device"
+
+cp "$bb" "$run/bin/busybox"
+for directory in dev proc sys run; do
+  mkdir -p "$root/$directory"
+  mount --move "/$directory" "$root/$directory"
+done
+bb=$run/bin/busybox
+# Without /proc the shell finds its own applets by their links only.
+/bin/chroot "$root" "$bb" --install -s "$run/bin"
+/bin/chroot "$root" "$bb" sh "$run/init" settle "$init" "$control"
+start_agent serve
+read -r mode <"$root$run/mode"
+[ "$mode" = other ] && start_command
+exec switch_root "$root" "$init"
+`;

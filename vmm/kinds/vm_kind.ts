@@ -1,0 +1,752 @@
+/**
+ * Driver of machines: it turns a declaration into a spec and lets an engine carry it out.
+ *
+ * @module
+ */
+
+import { createHash } from "node:crypto";
+import { join } from "node:path";
+import {
+  type Chosen,
+  type DiskProps,
+  formatIpv4,
+  formatSize,
+  isUnknown,
+  joinField,
+  type NetworkProps,
+  parseCidr,
+  parseDuration,
+  parseIpv4,
+  parseSize,
+  type Probe,
+  type ResourceReference,
+  type Size,
+  vmDefinition,
+} from "../../dsl/mod.ts";
+import {
+  covers,
+  type Disruption,
+  type Draft,
+  type FieldDifference,
+  type Instance,
+  type Json,
+  type Kind,
+  type Request,
+} from "../../planner/mod.ts";
+import type { Engine, Machine, MachineDisk, MachineForward, MachineNic, MachineSpec } from "../engine.ts";
+import { MachineError, writeError } from "../errors.ts";
+import { exists, removeIfThere, writeWhole } from "../files.ts";
+import { guestConfigFiles } from "../guest/config.ts";
+import type { BuildContext, BuiltImage, ImageBuilder, KernelBuilder } from "../images/builder.ts";
+import { cpioArchive } from "../images/cpio.ts";
+import { buildInitramfs } from "../images/initramfs.ts";
+import { emptyQcow2 } from "../images/qcow2.ts";
+import { machineFolder, type Paths } from "../paths.ts";
+import { waitUntilReady } from "../readiness.ts";
+import { diskSerial } from "./disk_kind.ts";
+
+/** What the driver of machines is made of. */
+export interface VmKindOptions {
+  /** Folders of this host. */
+  readonly paths: Paths;
+  /** Engines, most preferred first. */
+  readonly engines: readonly Engine[];
+  /** Builders of images. */
+  readonly images: readonly ImageBuilder[];
+  /** Builders of kernels. */
+  readonly kernels: readonly KernelBuilder[];
+}
+
+/** A NIC in normal form, completed. */
+export interface VmNic {
+  /** The network. */
+  readonly network: ResourceReference;
+  /** Address in it. */
+  readonly ip?: string;
+  /** Ethernet address. */
+  readonly mac?: string;
+  /** Port forwards. */
+  readonly forwards?: Readonly<
+    Record<string, { guest: number; host?: number; address: string; protocol: "tcp" | "udp" }>
+  >;
+}
+
+/** Props of a machine in normal form, completed. */
+export interface VmNormalProps {
+  /** vCPUs. */
+  readonly cpus: number;
+  /** Memory. */
+  readonly memory: Size;
+  /** Memory that it can grow to. */
+  readonly maxMemory: Size;
+  /** Image. */
+  readonly image: Chosen;
+  /** Kernel in place of the image's own. */
+  readonly kernel?: Chosen;
+  /** More words for the kernel's command line. */
+  readonly cmdline?: string;
+  /** Size of the root disk. */
+  readonly rootSize?: Size;
+  /** Disks. */
+  readonly disks?: Readonly<Record<string, { disk: ResourceReference; mount?: string; readOnly: boolean }>>;
+  /** NICs. */
+  readonly nics?: Readonly<Record<string, VmNic>>;
+  /** Environment. */
+  readonly env?: Readonly<Record<string, string>>;
+  /** Files. */
+  readonly files?: Readonly<Record<string, { content: string; mode: number }>>;
+  /** Script to run at boot. */
+  readonly command?: string;
+  /** Probes. */
+  readonly ready?: Probe | readonly Probe[];
+  /** Engine. */
+  readonly engine: Chosen;
+  /** Host name. */
+  readonly hostname: string;
+  /** Whether it should run. */
+  readonly power: "running" | "stopped" | "paused" | "crashed";
+  /** How long a shutdown may take. */
+  readonly shutdownTimeout: `${number}s`;
+}
+
+/** What is known of a machine after apply. */
+export interface VmOutputs {
+  /** Engine that runs it. */
+  readonly engine: string;
+  /** Host name. */
+  readonly hostname: string;
+  /** NICs. */
+  readonly nics: Readonly<
+    Record<string, { ip: string; mac: string; forwards: Readonly<Record<string, number>> }>
+  >;
+  /** Identity of the image's content. */
+  readonly image: string;
+}
+
+/** Most disks and NICs that one machine may have together. */
+const MAX_DEVICES = 20;
+
+/** Which change of a field is carried out how; a field covers those inside it. */
+const DISRUPTIONS: readonly (readonly [field: string, disruption: Disruption])[] = [
+  ["cpus", { class: "reboot", mechanism: "restart with other vCPUs" }],
+  ["maxMemory", { class: "none", mechanism: "from the next start" }],
+  ["image", { class: "recreate", mechanism: "new root disk" }],
+  ["kernel", { class: "reboot", mechanism: "restart with another kernel" }],
+  ["cmdline", { class: "reboot", mechanism: "restart with another command line" }],
+  ["env", { class: "reboot", mechanism: "read at boot" }],
+  ["files", { class: "reboot", mechanism: "written at boot" }],
+  ["command", { class: "reboot", mechanism: "run at boot" }],
+  ["hostname", { class: "reboot", mechanism: "set at boot" }],
+  ["ready", { class: "none", mechanism: "probed again" }],
+  ["shutdownTimeout", { class: "none" }],
+  ["engine", { class: "reboot", mechanism: "restart with other options" }],
+  ["engine.type", { class: "recreate", mechanism: "another engine" }],
+];
+
+/**
+ * Makes the kind of machines.
+ *
+ * @param options Folders, engines and builders
+ * @returns The kind
+ */
+export function vmKind(options: VmKindOptions): Kind<VmNormalProps, VmOutputs> {
+  const driver = new Driver(options);
+  return {
+    name: vmDefinition.name,
+    schema: vmDefinition.schema as unknown as Kind<VmNormalProps, VmOutputs>["schema"],
+    replace: "delete-first",
+    disruption,
+    prepare,
+    predict,
+    observe: (instances) => driver.observe(instances),
+    ensure: (request) => driver.ensure(request),
+    ready: (request) => driver.ready(request),
+    remove: (request) => driver.remove(request),
+  };
+}
+
+function disruption(
+  { field, before, after }: FieldDifference,
+  recorded: Instance<VmNormalProps, VmOutputs>,
+): Disruption {
+  const isStopped = recorded.props.power !== "running" && recorded.props.power !== "paused";
+  if (field === "memory" && typeof after === "string") {
+    if (parseSize(after) <= parseSize(recorded.props.maxMemory)) {
+      return { class: "live", mechanism: "balloon" };
+    }
+    return {
+      class: "reboot",
+      mechanism: `restart: maxMemory is ${recorded.props.maxMemory}`,
+    };
+  }
+  if (field === "power") {
+    if (after === "stopped") return { class: "reboot", mechanism: "shut down" };
+    if (before === "paused") return { class: "live", mechanism: "resume" };
+    return { class: "none", mechanism: before === "crashed" ? "power off and start" : "start" };
+  }
+  if (field === "rootSize") {
+    const isGrowth = typeof after === "string" &&
+      (typeof before !== "string" || parseSize(after) > parseSize(before));
+    return isGrowth
+      ? { class: "reboot", mechanism: "grow the root disk" }
+      : { class: "recreate", mechanism: "a disk cannot shrink" };
+  }
+  const device = /^(disks|nics)\.([^.[]+)/.exec(field);
+  if (device) {
+    const [, group, name] = device;
+    const had = recorded.props[group as "disks" | "nics"]?.[name!] !== undefined;
+    const isWhole = !had || after === undefined && !/\.(forwards|mount)\b/.test(field);
+    if (/\.forwards\b/.test(field)) return { class: "live", mechanism: "port forward" };
+    if (isStopped) return { class: "none", mechanism: "from the next start" };
+    if (isWhole) return { class: "hotplug", mechanism: had ? "PCIe unplug" : "PCIe plug" };
+    return { class: "reboot", mechanism: "restart with another device" };
+  }
+  let best: (typeof DISRUPTIONS)[number] | undefined;
+  for (const entry of DISRUPTIONS) {
+    if (covers(entry[0], field) && entry[0].length > (best?.[0].length ?? 0)) best = entry;
+  }
+  if (best?.[1].class === "reboot" && isStopped) return { class: "none", mechanism: "from the next start" };
+  return best?.[1] ?? { class: "reboot", mechanism: "restart" };
+}
+
+/** Derives what is not said, and checks what only all machines together and this host can tell. */
+function prepare(drafts: readonly Draft<VmNormalProps, VmOutputs>[]): void {
+  const hostMemory = Deno.systemMemoryInfo().total;
+  const macs = new Map<string, string>();
+  const ips = new Map<string, string>();
+  const ports = new Map<string, string>();
+  const writers = new Map<string, string>();
+  const claim = (
+    taken: Map<string, string>,
+    key: string,
+    draft: Draft<VmNormalProps, VmOutputs>,
+    field: string,
+    what: string,
+    value: unknown,
+  ) => {
+    const other = taken.get(key);
+    if (other !== undefined) {
+      draft.report(field, `${what} is used by "${other}" too: give each its own`, value);
+    } else taken.set(key, `${draft.address}.${field}`);
+  };
+  for (const draft of drafts) {
+    const { props, address, report } = draft;
+    const memory = knownSize(props.memory);
+    if (memory !== undefined && memory > hostMemory) {
+      report("memory", `Memory is more than this host has (${readable(hostMemory)})`, props.memory);
+    }
+    const maxMemory = knownSize(props.maxMemory);
+    if (memory !== undefined && maxMemory !== undefined && maxMemory < memory) {
+      report("maxMemory", `Size must be at least that of memory (${props.memory})`, props.maxMemory);
+    }
+    const devices = Object.keys(props.disks ?? {}).length + Object.keys(props.nics ?? {}).length;
+    if (devices > MAX_DEVICES) {
+      report("", `A machine may have at most ${MAX_DEVICES} disks and NICs`, devices);
+    }
+    for (const [name, { disk, readOnly }] of Object.entries(props.disks ?? {})) {
+      if (readOnly === true || isUnknown(disk)) continue;
+      claim(
+        writers,
+        disk.$resource,
+        draft,
+        joinField("disks", name),
+        `Disk "${disk.$resource}"`,
+        disk.$resource,
+      );
+    }
+    draft.props = {
+      ...props,
+      hostname: props.hostname ?? hostnameOf(address),
+      ...(memory === undefined ? {} : {
+        maxMemory: props.maxMemory ??
+          formatSize(Math.max(memory, Math.min(memory * 2, roundDown(hostMemory)))),
+      }),
+      ...(props.nics
+        ? { nics: Object.fromEntries(Object.entries(props.nics).map(([name, nic]) => [name, { ...nic }])) }
+        : {}),
+    };
+  }
+  // Addresses that are written down come first, then those on record, then derived ones.
+  const nics = drafts.flatMap((draft) =>
+    Object.entries(draft.props.nics ?? {}).map(([name, nic]) => ({
+      draft,
+      name,
+      nic,
+      field: joinField("nics", name),
+    }))
+  );
+  const networkOf = (entry: (typeof nics)[number]) => {
+    const network = entry.nic.network;
+    const props = isUnknown(network)
+      ? undefined
+      : entry.draft.references.get(network.$resource) as NetworkProps | undefined;
+    if (!props || isUnknown(props.cidr)) return undefined;
+    return { key: network.$resource, ...parseCidr(props.cidr), cidr: props.cidr };
+  };
+  for (const entry of nics) {
+    const { draft, nic, field } = entry;
+    if (typeof nic.mac === "string") claim(macs, nic.mac, draft, `${field}.mac`, "MAC address", nic.mac);
+    for (const [name, forward] of Object.entries(nic.forwards ?? {})) {
+      if (typeof forward.host !== "number") continue;
+      const key = `${forward.protocol} ${forward.address} ${forward.host}`;
+      claim(ports, key, draft, joinField(`${field}.forwards`, name), "Host port", forward.host);
+    }
+    const network = networkOf(entry);
+    if (typeof nic.ip !== "string" || !network) continue;
+    const offset = parseIpv4(nic.ip) - network.base;
+    if (offset < 0 || offset >= network.size) {
+      draft.report(`${field}.ip`, `Address must be in its network ${network.cidr}`, nic.ip);
+    } else if (offset < FIRST_HOST || offset === network.size - 1) {
+      draft.report(
+        `${field}.ip`,
+        `Address is taken by the network itself: use ${formatIpv4(network.base + FIRST_HOST)} or above`,
+        nic.ip,
+      );
+    } else {
+      claim(ips, `${network.key} ${nic.ip}`, draft, `${field}.ip`, "Address", nic.ip);
+    }
+  }
+  for (const pass of ["recorded", "derived"] as const) {
+    for (const entry of nics) {
+      const { draft, name, nic, field } = entry;
+      const mine = nic as { ip?: string; mac?: string };
+      const seed = digest(`nic\n${draft.stack}\n${draft.address}\n${name}`);
+      if (pass === "derived" && mine.mac === undefined) mine.mac = macFrom(seed);
+      const network = networkOf(entry);
+      if (mine.ip !== undefined || !network) continue;
+      if (pass === "recorded") {
+        const ip = draft.recorded?.nics?.[name]?.ip;
+        if (ip === undefined) continue;
+        const offset = parseIpv4(ip) - network.base;
+        if (offset < FIRST_HOST || offset >= network.size - 1 || ips.has(`${network.key} ${ip}`)) continue;
+        mine.ip = ip;
+        ips.set(`${network.key} ${ip}`, `${draft.address}.${field}.ip`);
+        continue;
+      }
+      const room = network.size - FIRST_HOST - 1;
+      const start = room > 0 ? seed.readUInt32BE(8) % room : 0;
+      for (let step = 0; step < room && mine.ip === undefined; step++) {
+        const ip = formatIpv4(network.base + FIRST_HOST + (start + step) % room);
+        if (ips.has(`${network.key} ${ip}`)) continue;
+        mine.ip = ip;
+        ips.set(`${network.key} ${ip}`, `${draft.address}.${field}.ip`);
+      }
+      if (mine.ip === undefined) {
+        draft.report(`${field}.ip`, `Network ${network.cidr} has no free address: make it larger`);
+      }
+    }
+  }
+}
+
+/** First address for guests: the two before it are the gateway and the name server. */
+const FIRST_HOST = 3;
+
+function predict({ props, recorded }: Draft<VmNormalProps, VmOutputs>): Partial<VmOutputs> {
+  const nics: Record<string, unknown> = {};
+  for (const [name, nic] of Object.entries(props.nics ?? {})) {
+    const forwards: Record<string, number> = {};
+    for (const [key, forward] of Object.entries(nic.forwards ?? {})) {
+      const port = forward.host ?? recorded?.nics?.[name]?.forwards?.[key];
+      if (port !== undefined) forwards[key] = port;
+    }
+    nics[name] = { ip: nic.ip, mac: nic.mac, forwards };
+  }
+  return { hostname: props.hostname, nics: nics as VmOutputs["nics"] };
+}
+
+class Driver {
+  readonly #options: VmKindOptions;
+
+  constructor(options: VmKindOptions) {
+    this.#options = options;
+  }
+
+  async observe(
+    instances: readonly Instance<VmNormalProps, VmOutputs>[],
+  ): Promise<Map<string, { props: { power: string } }>> {
+    const found = new Map<string, { props: { power: string } }>();
+    const wanted = new Map(instances.map((each) => [each.id, each.address]));
+    for (const engine of this.#options.engines) {
+      for (const status of await engine.list()) {
+        const address = wanted.get(status.id);
+        if (address !== undefined) found.set(address, { props: { power: status.state } });
+      }
+    }
+    return found;
+  }
+
+  async ensure(request: Request<VmNormalProps, VmOutputs>): Promise<VmOutputs> {
+    const { props, id, address, stack } = request;
+    const context: BuildContext = {
+      cache: this.#options.paths.cache,
+      signal: request.signal,
+      report: request.report,
+    };
+    const engine = await this.#engine(props.engine, request);
+    const machine = engine.attach(id);
+    const built = await this.#image(props, context);
+    request.signal.throwIfAborted();
+    const folder = machineFolder(this.#options.paths, id);
+    await Deno.mkdir(folder, { recursive: true, mode: 0o700 });
+    const before = await machine.spec();
+    const nics = this.#nics(request, before);
+    const disks = await this.#disks(request, built, folder);
+    const hasAgent = built.initramfs === undefined;
+    const config = join(folder, "config.cpio");
+    const initramfs: string[] = [];
+    let isNewConfig = false;
+    if (hasAgent && built.kernel && built.busybox !== undefined) {
+      initramfs.push(await buildInitramfs(built.kernel, built.busybox, built.modules, context), config);
+      isNewConfig = await writeConfig(config, request, built, nics, disks);
+    } else if (built.initramfs) {
+      initramfs.push(built.initramfs);
+    }
+    const spec: MachineSpec = {
+      id,
+      stack,
+      address,
+      cpus: props.cpus,
+      memory: parseSize(props.memory),
+      maxMemory: parseSize(props.maxMemory),
+      ...(built.kernel ? { kernel: built.kernel.kernel } : {}),
+      initramfs,
+      cmdline: [built.cmdline, hasAgent ? "quiet net.ifnames=0" : "", props.cmdline ?? ""].filter((each) =>
+        each
+      ).join(" "),
+      disks,
+      nics,
+      hasAgent,
+      engine: { ...props.engine },
+    };
+    if (props.power === "stopped") {
+      await machine.shutdown(parseDuration(props.shutdownTimeout), request);
+      await writeStopped(machine, spec);
+    } else {
+      if (request.before?.power === "paused") await machine.resume().catch(() => {});
+      const isBootTime = ["env", "files", "command", "hostname", "rootSize"].some((field) =>
+        request.before !== undefined && !sameField(request.before, props, field)
+      );
+      const { isRestarted } = await machine.update(spec, {
+        signal: request.signal,
+        report: request.report,
+        restart: isNewConfig && isBootTime,
+      });
+      if (!isRestarted && before) await configureLive(machine, before, spec, request);
+    }
+    return {
+      engine: engine.name,
+      hostname: props.hostname,
+      image: built.key,
+      nics: Object.fromEntries(nics.map((nic) => [nic.name, {
+        ip: nic.ip,
+        mac: nic.mac,
+        forwards: Object.fromEntries(nic.forwards.map((forward) => [forward.name, forward.host])),
+      }])),
+    };
+  }
+
+  async ready(request: Request<VmNormalProps, VmOutputs>): Promise<void> {
+    const { props } = request;
+    if (props.power === "stopped") return;
+    const engine = this.#options.engines.find((each) => each.name === request.outputs?.engine);
+    const machine = engine?.attach(request.id);
+    if (!machine) return;
+    const spec = await machine.spec();
+    const probes: Probe[] = props.ready === undefined
+      ? []
+      : Array.isArray(props.ready)
+      ? [...props.ready]
+      : [props.ready as Probe];
+    if (spec?.hasAgent && probes.every((probe) => probe.type !== "agent")) {
+      probes.unshift({ type: "agent", timeout: probes[0]?.timeout ?? "5m" });
+    }
+    await waitUntilReady(machine, probes, request);
+    if (props.rootSize !== undefined && spec?.hasAgent && spec.disks[0]?.name === "root") {
+      request.report("growing the root file system");
+      const { status, stderr } = await machine.guest.output(
+        ["sh", "-c", "command -v resize2fs >/dev/null || exit 0; resize2fs /dev/vda"],
+        { signal: request.signal },
+      );
+      if (status !== 0) throw new MachineError(`the root file system cannot grow: ${stderr.trim()}`);
+    }
+  }
+
+  async remove(request: Request<VmNormalProps, VmOutputs>): Promise<void> {
+    for (const engine of this.#options.engines) {
+      const machine = engine.attach(request.id);
+      const { state } = await machine.status();
+      if (state === "running") await machine.shutdown(parseDuration(request.props.shutdownTimeout), request);
+      await machine.destroy();
+    }
+    await removeIfThere(machineFolder(this.#options.paths, request.id));
+  }
+
+  async #engine(choice: Chosen, request: Request<VmNormalProps, VmOutputs>): Promise<Engine> {
+    const { engines } = this.#options;
+    if (choice.type !== "auto") {
+      const found = engines.find((each) => each.name === choice.type);
+      if (found) return found;
+      throw new MachineError(
+        `its engine "${choice.type}" is not there: known are ${engines.map((each) => each.name).join(", ")}`,
+      );
+    }
+    // A machine stays with its engine.
+    const current = engines.find((each) => each.name === request.outputs?.engine);
+    if (current) return current;
+    const reasons: string[] = [];
+    for (const engine of engines) {
+      const { isUsable, detail } = await engine.probe({ signal: request.signal, report: request.report });
+      if (isUsable) return engine;
+      reasons.push(`${engine.name}: ${detail}`);
+    }
+    throw new MachineError(`no engine can run it here: ${reasons.join("; ")}`);
+  }
+
+  async #image(props: VmNormalProps, context: BuildContext): Promise<BuiltImage> {
+    const builder = this.#options.images.find((each) => each.type === props.image.type);
+    if (!builder) {
+      throw new MachineError(
+        `its image type "${props.image.type}" is not known: pass its builder in the images of cli()`,
+      );
+    }
+    const image = await builder.build(props.image, context);
+    if (!props.kernel) return image;
+    const kernels = this.#options.kernels.find((each) => each.type === props.kernel!.type);
+    if (!kernels) {
+      throw new MachineError(
+        `its kernel type "${props.kernel.type}" is not known: pass its builder in the kernels of cli()`,
+      );
+    }
+    return { ...image, kernel: await kernels.build(props.kernel, context) };
+  }
+
+  #nics(request: Request<VmNormalProps, VmOutputs>, before: MachineSpec | undefined): MachineNic[] {
+    const { props, dependencies } = request;
+    return Object.entries(props.nics ?? {}).map(([name, nic]) => {
+      const network = dependencies.get(nic.network.$resource)?.props as NetworkProps | undefined;
+      if (!network) throw new MachineError(`its network "${nic.network.$resource}" is not on record`);
+      const { base, prefix } = parseCidr(network.cidr);
+      const kept = before?.nics.find((each) => each.name === name)?.forwards ?? [];
+      const forwards = Object.entries(nic.forwards ?? {}).map(([key, forward]): MachineForward => ({
+        name: key,
+        protocol: forward.protocol,
+        address: forward.address,
+        host: forward.host ?? kept.find((each) => each.name === key)?.host ??
+          request.outputs?.nics?.[name]?.forwards?.[key] ?? freePort(forward.address, forward.protocol),
+        guest: forward.guest,
+      }));
+      return {
+        name,
+        mac: nic.mac!,
+        ip: nic.ip!,
+        cidr: `${formatIpv4(base)}/${prefix}`,
+        gateway: formatIpv4(base + 1),
+        dns: formatIpv4(base + 2),
+        nat: network.nat ?? true,
+        forwards,
+      };
+    });
+  }
+
+  async #disks(
+    request: Request<VmNormalProps, VmOutputs>,
+    built: BuiltImage,
+    folder: string,
+  ): Promise<MachineDisk[]> {
+    const { props, dependencies, stack, address } = request;
+    const disks: MachineDisk[] = [];
+    if (built.root) {
+      const path = join(folder, "root.qcow2");
+      const size = Math.max(built.root.size, props.rootSize === undefined ? 0 : parseSize(props.rootSize));
+      if (!(await exists(path))) {
+        try {
+          await writeWhole(path, emptyQcow2(size, { path: built.root.path, format: built.root.format }));
+        } catch (error) {
+          throw writeError(`make the root disk of "${address}"`, error);
+        }
+      }
+      const serial = diskSerial(stack, `${address}.root`);
+      disks.push({ name: "root", path, format: "qcow2", serial, readOnly: false, size });
+    }
+    for (const [name, { disk, readOnly }] of Object.entries(props.disks ?? {})) {
+      const target = dependencies.get(disk.$resource);
+      if (!target) throw new MachineError(`its disk "${disk.$resource}" is not on record`);
+      const { path, serial } = target.outputs as { path: string; serial: string };
+      const { format = "raw", size } = target.props as unknown as DiskProps;
+      disks.push({ name, path, format, serial, readOnly, size: parseSize(size) });
+    }
+    return disks;
+  }
+}
+
+function sameField(before: VmNormalProps, after: VmNormalProps, field: string): boolean {
+  return JSON.stringify((before as unknown as Json)[field]) ===
+    JSON.stringify((after as unknown as Json)[field]);
+}
+
+/** A machine that was never started is on record all the same. */
+async function writeStopped(machine: Machine, spec: MachineSpec): Promise<void> {
+  if (await machine.spec() === undefined) await machine.define(spec);
+}
+
+/** Writes the part of the initramfs that tells this machine from others. Tells whether it changed. */
+async function writeConfig(
+  path: string,
+  request: Request<VmNormalProps, VmOutputs>,
+  built: BuiltImage,
+  nics: readonly MachineNic[],
+  disks: readonly MachineDisk[],
+): Promise<boolean> {
+  const { props } = request;
+  const encoder = new TextEncoder();
+  const files = guestConfigFiles({
+    hostname: props.hostname,
+    environment: { ...props.env },
+    nics: nics.map((nic) => ({
+      mac: nic.mac,
+      name: nic.name,
+      address: `${nic.ip}/${nic.cidr.split("/")[1]}`,
+      gateway: nic.gateway,
+      dns: nic.dns,
+    })),
+    ...(built.root?.filesystem !== undefined && built.root.init !== undefined
+      ? {
+        root: {
+          device: `serial=${disks[0]!.serial}`,
+          fstype: built.root.filesystem,
+          init: built.root.init,
+        },
+      }
+      : {}),
+    mounts: Object.entries(props.disks ?? {}).filter(([, each]) => each.mount !== undefined).map(
+      ([name, each]) => {
+        const disk = disks.find((candidate) => candidate.name === name)!;
+        return { serial: disk.serial, mountpoint: each.mount!, fstype: "ext4" };
+      },
+    ),
+    files: Object.entries(props.files ?? {}).map(([file, { content, mode }]) => ({
+      path: file,
+      content: encoder.encode(content),
+      mode,
+    })),
+    ...(props.command === undefined ? {} : { command: props.command }),
+  });
+  const archive = cpioArchive(files);
+  const old = await Deno.readFile(path).catch(() => undefined);
+  if (old && old.length === archive.length && old.every((byte, index) => byte === archive[index])) {
+    return false;
+  }
+  try {
+    await writeWhole(path, archive);
+  } catch (error) {
+    throw writeError(`configure "${request.address}"`, error);
+  }
+  return true;
+}
+
+/** Configures in the running guest what was plugged while it ran. */
+async function configureLive(
+  machine: Machine,
+  before: MachineSpec,
+  spec: MachineSpec,
+  request: Request<VmNormalProps, VmOutputs>,
+): Promise<void> {
+  if (!spec.hasAgent) return;
+  for (const nic of spec.nics) {
+    if (before.nics.some((each) => each.name === nic.name)) continue;
+    request.report(`configuring NIC ${nic.name}`);
+    await inGuest(machine, request, NIC_SCRIPT, [nic.mac, nic.name, `${nic.ip}/${nic.cidr.split("/")[1]}`]);
+  }
+  for (const [name, each] of Object.entries(request.props.disks ?? {})) {
+    if (each.mount === undefined || before.disks.some((disk) => disk.name === name)) continue;
+    request.report(`mounting disk ${name}`);
+    const disk = spec.disks.find((candidate) => candidate.name === name)!;
+    await inGuest(machine, request, MOUNT_SCRIPT, [disk.serial, each.mount]);
+  }
+}
+
+const NIC_SCRIPT = `
+for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+  for each in /sys/class/net/*; do
+    [ "$(cat "$each/address")" = "$1" ] || continue
+    old=$(basename "$each")
+    ip link set dev "$old" down
+    [ "$old" = "$2" ] || ip link set dev "$old" name "$2"
+    ip link set dev "$2" up && ip addr add "$3" dev "$2" && exit 0
+    exit 1
+  done
+  sleep 0.5
+done
+echo "the NIC $1 does not appear" >&2
+exit 1
+`;
+
+const MOUNT_SCRIPT = `
+for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+  for each in /sys/block/vd*; do
+    [ "$(cat "$each/serial")" = "$1" ] || continue
+    mkdir -p "$2" && mount -t ext4 "/dev/$(basename "$each")" "$2" && exit 0
+    exit 1
+  done
+  sleep 0.5
+done
+echo "the disk $1 does not appear" >&2
+exit 1
+`;
+
+async function inGuest(
+  machine: Machine,
+  request: Request<VmNormalProps, VmOutputs>,
+  script: string,
+  args: readonly string[],
+): Promise<void> {
+  const { status, stderr } = await machine.guest.output(["sh", "-c", script, "sh", ...args], {
+    signal: request.signal,
+  });
+  if (status !== 0) throw new MachineError(`the guest cannot use the new device: ${stderr.trim()}`);
+}
+
+function digest(text: string): Uint8Array & { readUInt32BE(offset: number): number } {
+  return createHash("sha256").update(text).digest();
+}
+
+function macFrom(seed: Uint8Array): string {
+  // A locally administered unicast address.
+  const bytes = [0x02, ...seed.subarray(0, 5)];
+  return bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(":");
+}
+
+/**
+ * Derives a host name from an address.
+ *
+ * @param address Address of the machine, such as `web[0]`
+ * @returns The name, such as `web-0`
+ */
+export function hostnameOf(address: string): string {
+  const name = address.toLowerCase().replaceAll(/[^a-z0-9]+/g, "-").replaceAll(/^-+|-+$/g, "");
+  return name.slice(-63).replace(/^-+/, "") || "guest";
+}
+
+function knownSize(value: unknown): number | undefined {
+  return typeof value === "string" ? parseSize(value) : undefined;
+}
+
+function roundDown(bytes: number): number {
+  return bytes - bytes % 2 ** 20;
+}
+
+function readable(bytes: number): string {
+  return `${(bytes / 2 ** 30).toFixed(1)}GiB`;
+}
+
+/** Finds a free port by taking it for a moment. */
+function freePort(address: string, protocol: "tcp" | "udp"): number {
+  if (protocol === "udp") {
+    const socket = Deno.listenDatagram({ transport: "udp", hostname: address, port: 0 });
+    const { port } = socket.addr as Deno.NetAddr;
+    socket.close();
+    return port;
+  }
+  using listener = Deno.listen({ hostname: address, port: 0 });
+  return (listener.addr as Deno.NetAddr).port;
+}

@@ -1,0 +1,247 @@
+/**
+ * QEMU's command line for a machine: q35 with virtio-pci devices (QEMU 7.2, `qemu-options.hx`).
+ *
+ * @module
+ */
+
+import { join } from "node:path";
+import type { MachineDisk, MachineForward, MachineNic, MachineSpec } from "../engine.ts";
+import { guestDeviceArguments, guestEndpoints } from "../guest/channel.ts";
+import type { AcceleratorName } from "./accelerator.ts";
+
+/** Paths of a machine's files, all in its folder. */
+export interface MachineFiles {
+  /** The folder. */
+  readonly folder: string;
+  /** What the machine was started from last. */
+  readonly record: string;
+  /** Lock of all operations on the machine. */
+  readonly lock: string;
+  /** QEMU's process number. */
+  readonly pid: string;
+  /** QEMU's monitor. */
+  readonly monitor: string;
+  /** The serial console. */
+  readonly console: string;
+  /** What the console printed since the last start. */
+  readonly consoleLog: string;
+  /** What QEMU printed. */
+  readonly engineLog: string;
+  /** The initramfs, joined from its parts. */
+  readonly initramfs: string;
+}
+
+/** How many data channels the agent gets: so many `exec` and `cp` may run at once. */
+export const DATA_CHANNELS = 8;
+/** Empty PCIe ports for devices that are plugged while the machine runs. */
+export const SPARE_PORTS = 4;
+
+/**
+ * Names the files of a machine.
+ *
+ * @param folder The machine's folder
+ * @returns The paths
+ */
+export function machineFiles(folder: string): MachineFiles {
+  return {
+    folder,
+    record: join(folder, "machine.json"),
+    lock: join(folder, "lock"),
+    pid: join(folder, "qemu.pid"),
+    monitor: join(folder, "qmp.sock"),
+    console: join(folder, "console.sock"),
+    consoleLog: join(folder, "console.log"),
+    engineLog: join(folder, "qemu.log"),
+    initramfs: join(folder, "initramfs"),
+  };
+}
+
+/**
+ * Doubles commas, which separate the options of an argument.
+ *
+ * @param text A path or other value
+ * @returns The value as QEMU's option parser wants it
+ */
+export function escapeOption(text: string): string {
+  return text.replaceAll(",", ",,");
+}
+
+/**
+ * Makes the arguments that run a machine.
+ *
+ * @param spec The machine
+ * @param files Its files
+ * @param accelerator How its code is run
+ * @returns The arguments, without the program itself
+ */
+export function qemuArguments(
+  spec: MachineSpec,
+  files: MachineFiles,
+  accelerator: AcceleratorName,
+): string[] {
+  const devices = spec.disks.length + spec.nics.length;
+  const ports = Array.from({ length: devices + SPARE_PORTS }, (_, index) => [
+    "-device",
+    `pcie-root-port,id=port${index},chassis=${index + 1},bus=pcie.0,addr=${hex(PORT_BASE + (index >> 3))}.${
+      index & 7
+    }` +
+    ((index & 7) === 0 ? ",multifunction=on" : ""),
+  ]).flat();
+  const cmdline = ["console=ttyS0 hypertopia.control=hvc0", spec.cmdline].filter((each) => each !== "").join(
+    " ",
+  );
+  return [
+    "-name",
+    escapeOption(`${spec.stack}/${spec.address}`),
+    "-machine",
+    "q35,usb=off,smbus=off,sata=off,vmport=off,hpet=off",
+    "-accel",
+    accelerator === "tcg" ? "tcg,thread=multi" : accelerator,
+    "-cpu",
+    accelerator === "kvm" ? "host" : "max",
+    "-smp",
+    String(spec.cpus),
+    "-m",
+    `size=${spec.maxMemory / 1024}k`,
+    "-nodefaults",
+    "-no-user-config",
+    "-display",
+    "none",
+    // To become a daemon takes setsid and fork, so these cannot be denied.
+    "-sandbox",
+    "on,obsolete=deny,resourcecontrol=deny",
+    "-daemonize",
+    "-pidfile",
+    files.pid,
+    "-D",
+    files.engineLog,
+    "-chardev",
+    `socket,id=monitor,path=${escapeOption(files.monitor)},server=on,wait=off`,
+    "-mon",
+    "chardev=monitor,mode=control",
+    "-chardev",
+    `socket,id=console,path=${escapeOption(files.console)},server=on,wait=off,` +
+    `logfile=${escapeOption(files.consoleLog)},logappend=on`,
+    "-serial",
+    "chardev:console",
+    ...(spec.hasAgent ? guestDeviceArguments(guestEndpoints(files.folder, DATA_CHANNELS)) : []),
+    "-device",
+    "virtio-balloon-pci,id=balloon,deflate-on-oom=on",
+    "-object",
+    "rng-random,id=entropy,filename=/dev/urandom",
+    "-device",
+    "virtio-rng-pci,rng=entropy",
+    ...ports,
+    ...spec.disks.flatMap((disk, index) => [
+      "-blockdev",
+      JSON.stringify(blockNode(disk)),
+      "-device",
+      JSON.stringify(diskDevice(disk, `port${index}`)),
+    ]),
+    ...spec.nics.flatMap((nic, index) => [
+      "-netdev",
+      networkBackend(nic),
+      "-device",
+      JSON.stringify(nicDevice(nic, `port${spec.disks.length + index}`)),
+    ]),
+    ...(spec.kernel === undefined ? [] : ["-kernel", spec.kernel, "-append", cmdline]),
+    ...(spec.initramfs.length === 0 ? [] : ["-initrd", files.initramfs]),
+    ...((spec.engine.extraArguments as readonly string[] | undefined) ?? []),
+  ];
+}
+
+/** First PCI slot of the root ports; those below are for the machine's own devices. */
+const PORT_BASE = 0x10;
+
+function hex(value: number): string {
+  return `0x${value.toString(16)}`;
+}
+
+/**
+ * A block node, for `-blockdev` and `blockdev-add`.
+ *
+ * @param disk The disk
+ * @returns The options
+ */
+export function blockNode(disk: MachineDisk): Record<string, unknown> {
+  return {
+    driver: disk.format,
+    "node-name": `disk-${disk.name}`,
+    "read-only": disk.readOnly,
+    discard: "unmap",
+    file: {
+      driver: "file",
+      filename: disk.path,
+      discard: "unmap",
+      "read-only": disk.readOnly,
+      // Locks keep a second machine from writing to the same file.
+      locking: "on",
+    },
+  };
+}
+
+/**
+ * A virtio-blk device, for `-device` and `device_add`.
+ *
+ * @param disk The disk
+ * @param bus The PCIe port
+ * @returns The options
+ */
+export function diskDevice(disk: MachineDisk, bus: string): Record<string, unknown> {
+  return {
+    driver: "virtio-blk-pci",
+    id: `dev-disk-${disk.name}`,
+    drive: `disk-${disk.name}`,
+    serial: disk.serial,
+    bus,
+    ...(disk.name === "root" ? { bootindex: 0 } : {}),
+  };
+}
+
+/**
+ * A user-mode network, for `-netdev`.
+ *
+ * @param nic The NIC
+ * @returns The option string
+ */
+export function networkBackend(nic: MachineNic): string {
+  return [
+    `user,id=net-${nic.name}`,
+    `net=${nic.cidr}`,
+    `host=${nic.gateway}`,
+    `dns=${nic.dns}`,
+    `dhcpstart=${nic.ip}`,
+    `restrict=${nic.nat ? "off" : "on"}`,
+    "ipv6=off",
+    ...nic.forwards.map((forward) => `hostfwd=${forwardRule(nic, forward)}`),
+  ].join(",");
+}
+
+/**
+ * A port forward in QEMU's words.
+ *
+ * @param nic The NIC
+ * @param forward The forward
+ * @returns `PROTOCOL:ADDRESS:PORT-ADDRESS:PORT`
+ */
+export function forwardRule(nic: MachineNic, forward: MachineForward): string {
+  return `${forward.protocol}:${forward.address}:${forward.host}-${nic.ip}:${forward.guest}`;
+}
+
+/**
+ * A virtio-net device, for `-device` and `device_add`.
+ *
+ * @param nic The NIC
+ * @param bus The PCIe port
+ * @returns The options
+ */
+export function nicDevice(nic: MachineNic, bus: string): Record<string, unknown> {
+  return {
+    driver: "virtio-net-pci",
+    id: `dev-nic-${nic.name}`,
+    netdev: `net-${nic.name}`,
+    mac: nic.mac,
+    bus,
+    romfile: "",
+  };
+}
