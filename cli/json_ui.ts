@@ -32,7 +32,11 @@ const ACTIONS: Record<Action, string> = {
 export class JsonUi {
   readonly #write: (text: string) => void;
 
-  /** @param write Takes text */
+  /**
+   * Prints nothing yet.
+   *
+   * @param write Takes text
+   */
   constructor(write: (text: string) => void) {
     this.#write = write;
   }

@@ -8,7 +8,11 @@ import { parseArgs } from "node:util";
 
 /** A mistake on the command line. */
 export class UsageError extends Error {
-  /** @param message What is wrong and what to write instead */
+  /**
+   * Explains a mistake.
+   *
+   * @param message What is wrong and what to write instead
+   */
   constructor(message: string) {
     super(message);
     this.name = "UsageError";

@@ -28,6 +28,8 @@ export class ValidationError extends Error {
   readonly diagnostics: readonly Diagnostic[];
 
   /**
+   * Collects the problems of a stack.
+   *
    * @param stack The name of the stack
    * @param diagnostics All problems
    */

@@ -20,6 +20,8 @@ export class Choice<Category extends string> {
   readonly schema: Schema<unknown>;
 
   /**
+   * Chooses a variant.
+   *
    * @param category What is chosen
    * @param type The variant
    * @param schema Shape of the options
@@ -47,6 +49,7 @@ export type EngineChoice = Choice<"engine">;
 export interface Chosen {
   /** The variant. */
   readonly type: string;
+  /** Its options. */
   readonly [option: string]: unknown;
 }
 

@@ -107,6 +107,8 @@ export const networkDefinition: KindDefinition<NetworkProps> = {
 /** A declared network. */
 export class Network extends Resource {
   /**
+   * Declares a network; {@linkcode network} does the same.
+   *
    * @param props Props as the user wrote them
    * @param options Lifecycle options
    */

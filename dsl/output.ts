@@ -39,7 +39,11 @@ export class Output<T> {
   /** How the value comes about. */
   readonly expression: Expression;
 
-  /** @param expression How the value comes about */
+  /**
+   * Wraps an expression; kinds use {@linkcode reference}.
+   *
+   * @param expression How the value comes about
+   */
   constructor(expression: Expression) {
     this.expression = expression;
     Object.defineProperty(this, BRAND, { value: true });

@@ -55,6 +55,8 @@ export class Resource {
   readonly site: () => Site | undefined;
 
   /**
+   * Declares a resource.
+   *
    * @param kind The kind
    * @param props Props as the user wrote them
    * @param options Lifecycle options

@@ -6,7 +6,7 @@
 
 import { type Diagnostic, ValidationError } from "./diagnostic.ts";
 import { isOutput, type Output } from "./output.ts";
-import { isResource, type KindDefinition, type LifecycleOptions, Resource } from "./resource.ts";
+import { isResource, type KindDefinition, type LifecycleOptions, type Resource } from "./resource.ts";
 import { array, boolean, duration, isPlainObject, joinField, object, optional, string } from "./schema.ts";
 import { Choice } from "./image.ts";
 import { type Site, userSite } from "./site.ts";
@@ -56,6 +56,8 @@ export class Check {
   readonly message: string;
 
   /**
+   * Wraps a condition.
+   *
    * @param condition Whether the world is as expected
    * @param message What to say where it is not
    */
@@ -95,6 +97,8 @@ export class Stack {
   readonly #build: (variables: never) => unknown;
 
   /**
+   * Names a tree of resources; {@linkcode stack} does the same.
+   *
    * @param name Name of the stack
    * @param variables Variables and their defaults
    * @param build Returns the tree of resources
@@ -381,14 +385,12 @@ function readVariables(
       if (typeof fallback === "function") {
         fault(`Variable "${name}" has no value: give one with --var ${name}=VALUE`);
       } else result[name] = fallback;
-    } else if (typeof value === type) {
-      result[name] = value;
     } else if (type === "string") {
       result[name] = String(value);
-    } else if (type === "number" && value !== "" && Number.isFinite(Number(value))) {
+    } else if (type === "number" && String(value).trim() !== "" && Number.isFinite(Number(value))) {
       result[name] = Number(value);
-    } else if (type === "boolean" && (value === "true" || value === "false")) {
-      result[name] = value === "true";
+    } else if (type === "boolean" && /^(true|false)$/.test(String(value))) {
+      result[name] = String(value) === "true";
     } else {
       fault(`Variable "${name}" must be a ${type}`, value);
     }

@@ -94,7 +94,8 @@ export interface NicOutputs<F extends string> {
   readonly forwards: { readonly [K in F]: Output<number> };
 }
 
-type ForwardNames<N> = N extends Nic<infer F> ? F : never;
+/** The names of a NIC's forwards. */
+export type ForwardNames<N> = N extends Nic<infer F> ? F : never;
 
 /** A declared machine, with what will be known of it. */
 export type Vm<N extends Readonly<Record<string, Nic>> = Readonly<Record<string, Nic>>> = Resource & {

@@ -7,6 +7,8 @@
 /** A failure that is explained in full by its message; no stack trace is of use. */
 export class PlannerError extends Error {
   /**
+   * Explains a failure.
+   *
    * @param message What was attempted, on what, why it failed, what to do next
    * @param options The cause
    */
@@ -22,6 +24,8 @@ export class LockedError extends PlannerError {
   readonly lockId: string;
 
   /**
+   * Names the holder of a lock.
+   *
    * @param message Who holds it, since when
    * @param lockId Identity of the lock
    */
@@ -38,6 +42,8 @@ export class ApplyError extends PlannerError {
   readonly failures: ReadonlyMap<string, Error>;
 
   /**
+   * Collects the failures of an apply.
+   *
    * @param message A summary
    * @param failures The failures, by address
    */

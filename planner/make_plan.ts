@@ -16,8 +16,8 @@ import {
 import { diff, findDrift, worst } from "./diff.ts";
 import { PlannerError } from "./errors.ts";
 import { DISRUPTION_CLASSES, type DisruptionClass, type Instance, type Json } from "./kind.ts";
-import { instanceOf, type Kinds, type Observations, observe, requireKind } from "./observe.ts";
-import { type Change, type Operation, type OutputChange, type Plan, type PlanSummary } from "./plan.ts";
+import { instanceOf, type Kinds, type Observations, observe } from "./observe.ts";
+import type { Change, Operation, OutputChange, Plan, PlanSummary } from "./plan.ts";
 import { objectId, type ResourceRecord, type State } from "./state.ts";
 import { canonical, equal, hasUnknown, resolve, reveal, UNKNOWN } from "./values.ts";
 

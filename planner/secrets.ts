@@ -26,7 +26,11 @@ export class SecretBox {
   readonly #options: SecretBoxOptions;
   #key: Uint8Array | undefined;
 
-  /** @param options Where the key comes from */
+  /**
+   * Reads nothing yet: the key is loaded when it is first needed.
+   *
+   * @param options Where the key comes from
+   */
   constructor(options: SecretBoxOptions) {
     this.#options = options;
   }

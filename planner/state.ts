@@ -5,7 +5,7 @@
  */
 
 import { createHash, randomUUID } from "node:crypto";
-import { existsSync, mkdirSync, renameSync, rmSync, statSync } from "node:fs";
+import { existsSync, mkdirSync, renameSync, rmdirSync, rmSync } from "node:fs";
 import { hostname, userInfo } from "node:os";
 import { dirname, resolve } from "node:path";
 import process from "node:process";
@@ -338,7 +338,7 @@ export class State implements Disposable {
       [Symbol.dispose]: () => {
         clearInterval(this.#renewal);
         this.#lockId = undefined;
-        database.prepare("DELETE FROM lock WHERE id = ?").run(id);
+        if (database.isOpen) database.prepare("DELETE FROM lock WHERE id = ?").run(id);
       },
     };
   }
@@ -402,7 +402,7 @@ export class State implements Disposable {
     }
     try {
       // The folder goes too, unless other stacks use it.
-      statSync(dirname(this.path)) && rmSync(dirname(this.path), { recursive: false });
+      rmdirSync(dirname(this.path));
     } catch {
       // Not empty.
     }
@@ -478,6 +478,8 @@ export class StateWriter {
   readonly #encode: (value: unknown) => string;
 
   /**
+   * Writes into an open transaction.
+   *
    * @param database The open file
    * @param encode Writes JSON with secrets encrypted
    */

@@ -7,6 +7,8 @@
 /** A failure that is explained in full by its message. */
 export class MachineError extends Error {
   /**
+   * Explains a failure.
+   *
    * @param message What was attempted, on what, why it failed, what to do next
    * @param options The cause
    */

@@ -31,9 +31,9 @@ export const GUEST_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sb
 /**
  * The agent's script, kept in a guest at `/run/hypertopia/agent`.
  *
- * Its subcommands: `start` (one of the others in the background), `serve` (the control line), `session` (one command), `end` (ends what a
- * session left), `first` (PID 1 of the minimal guest), `command` (the machine's own command), `shell` (a root
- * shell on the console).
+ * Its subcommands: `start` (another one in the background), `serve` (the control line), `session` (one
+ * command), `end` (ends what a session left), `first` (PID 1 of the minimal guest), `command` (the machine's
+ * own command), `shell` (a root shell on the console).
  */
 export const AGENT_SCRIPT: string = `#!${GUEST_BUSYBOX} sh
 # Names start with ht_ because the machine's environment is loaded into the same shell.

@@ -82,6 +82,7 @@ export interface GuestOutput extends GuestStatus {
 
 /** Says why a guest could not do what it was asked. */
 export class GuestError extends Error {
+  /** Name of the class. */
   override name = "GuestError";
 }
 
@@ -305,6 +306,8 @@ export class SessionStream {
   #status: number | undefined;
 
   /**
+   * Begins at the start of a session.
+   *
    * @param token What the session's marks hold
    */
   constructor(token: string) {
@@ -487,6 +490,8 @@ export class GuestChannel {
   readonly #endpoints: GuestEndpoints;
 
   /**
+   * Connects to nothing yet.
+   *
    * @param endpoints Where the guest is reached
    */
   constructor(endpoints: GuestEndpoints) {

@@ -121,6 +121,8 @@ export interface VmOutputs {
   >;
   /** Identity of the image's content. */
   readonly image: string;
+  /** Memory that it can grow to without a restart. */
+  readonly maxMemory: Size;
 }
 
 /** Most disks and NICs that one machine may have together. */
@@ -258,8 +260,7 @@ function prepare(drafts: readonly Draft<VmNormalProps, VmOutputs>[]): void {
       ...props,
       hostname: props.hostname ?? hostnameOf(address),
       ...(memory === undefined ? {} : {
-        maxMemory: props.maxMemory ??
-          formatSize(Math.max(memory, Math.min(memory * 2, roundDown(hostMemory)))),
+        maxMemory: props.maxMemory ?? derivedMaxMemory(memory, draft.recorded?.maxMemory, hostMemory),
       }),
       ...(props.nics
         ? { nics: Object.fromEntries(Object.entries(props.nics).map(([name, nic]) => [name, { ...nic }])) }
@@ -336,6 +337,12 @@ function prepare(drafts: readonly Draft<VmNormalProps, VmOutputs>[]): void {
       }
     }
   }
+}
+
+/** Room to grow stays as it is while it suffices: another maximum takes a restart. */
+function derivedMaxMemory(memory: number, recorded: Size | undefined, hostMemory: number): Size {
+  if (recorded !== undefined && memory <= parseSize(recorded)) return recorded;
+  return formatSize(Math.max(memory, Math.min(memory * 2, roundDown(hostMemory))));
 }
 
 /** First address for guests: the two before it are the gateway and the name server. */
@@ -437,6 +444,7 @@ class Driver {
       engine: engine.name,
       hostname: props.hostname,
       image: built.key,
+      maxMemory: props.maxMemory,
       nics: Object.fromEntries(nics.map((nic) => [nic.name, {
         ip: nic.ip,
         mac: nic.mac,

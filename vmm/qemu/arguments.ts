@@ -126,7 +126,7 @@ export function qemuArguments(
     "chardev:console",
     ...(spec.hasAgent ? guestDeviceArguments(guestEndpoints(files.folder, DATA_CHANNELS)) : []),
     "-device",
-    "virtio-balloon-pci,id=balloon,deflate-on-oom=on",
+    "virtio-balloon-pci,id=balloon",
     "-object",
     "rng-random,id=entropy,filename=/dev/urandom",
     "-device",

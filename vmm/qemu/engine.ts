@@ -59,7 +59,11 @@ export class QemuEngine implements Engine {
   readonly name = "qemu";
   readonly #paths: Paths;
 
-  /** @param paths Folders of this host */
+  /**
+   * Looks at nothing yet.
+   *
+   * @param paths Folders of this host
+   */
   constructor(paths: Paths = hostPaths()) {
     this.#paths = paths;
   }
@@ -160,6 +164,8 @@ export class QemuMachine implements Machine {
   readonly #paths: Paths;
 
   /**
+   * Looks at nothing yet.
+   *
    * @param id Identity
    * @param paths Folders of this host
    */

@@ -20,6 +20,8 @@ export class QmpError extends MachineError {
   readonly errorClass: string;
 
   /**
+   * Carries QEMU's own words.
+   *
    * @param command The command
    * @param errorClass Class of the error
    * @param description QEMU's own words

@@ -1,0 +1,100 @@
+/**
+ * The whole test suite: the checks of `deno task ok`, unit tests, and real machines. Its last line counts the tests.
+ *
+ * @module
+ */
+
+import { checkAll } from "./ok.ts";
+import { fail, say, testFiles } from "./task.ts";
+
+/** Debian packages that the tests of real machines need, with a program of each. */
+const PACKAGES: readonly (readonly [name: string, program: string])[] = [
+  ["qemu-system-x86", "qemu-system-x86_64"],
+  ["mmdebstrap", "mmdebstrap"],
+  ["e2fsprogs", "mke2fs"],
+];
+
+interface Count {
+  passed: number;
+  failed: number;
+  skipped: number;
+}
+
+/** Installs what is missing where that is possible, and says so. */
+async function installPackages(): Promise<void> {
+  const missing: string[] = [];
+  const folders = [...(Deno.env.get("PATH") ?? "").split(":"), "/usr/sbin", "/sbin"];
+  for (const [name, program] of PACKAGES) {
+    const found = await Promise.all(
+      folders.map((folder) => Deno.stat(`${folder}/${program}`).then(() => true, () => false)),
+    );
+    if (!found.includes(true)) missing.push(name);
+  }
+  if (missing.length === 0) return;
+  const isDebian = await Deno.stat("/etc/debian_version").then(() => true, () => false);
+  if (!isDebian || Deno.uid() !== 0) {
+    say(
+      `Not installed: ${
+        missing.join(", ")
+      }. Tests that need them are skipped; install them with: apt-get install ${missing.join(" ")}`,
+    );
+    return;
+  }
+  say(`Installing Debian packages that the tests need: ${missing.join(", ")}`);
+  for (const args of [["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", ...missing]]) {
+    const { success, stderr } = await new Deno.Command("apt-get", {
+      args,
+      stdin: "null",
+      stdout: "null",
+      stderr: "piped",
+      env: { DEBIAN_FRONTEND: "noninteractive" },
+    }).output();
+    if (!success) fail(`"apt-get ${args.join(" ")}" failed: ${new TextDecoder().decode(stderr).trim()}`);
+  }
+}
+
+/** Runs `deno test`, shows its output as it comes, and counts. */
+async function runTests(args: readonly string[]): Promise<Count> {
+  const child = new Deno.Command(Deno.execPath(), {
+    args: ["test", "-A", ...args],
+    stdin: "null",
+    stdout: "piped",
+    stderr: "inherit",
+    env: { NO_COLOR: "1" },
+  }).spawn();
+  let tail = "";
+  for await (const chunk of child.stdout) {
+    Deno.stdout.writeSync(chunk);
+    tail = (tail + new TextDecoder().decode(chunk)).slice(-4000);
+  }
+  const { code } = await child.status;
+  const match =
+    /(\d+) passed(?: \([^)]*\))? \| (\d+) failed(?: \([^)]*\))?(?: \| (\d+) ignored)?(?! .*passed)/.exec(
+      tail.slice(tail.lastIndexOf(" passed") - 40),
+    );
+  if (!match) fail(`"deno test" ended with status ${code} and without a summary`);
+  const count = { passed: Number(match[1]), failed: Number(match[2]), skipped: Number(match[3] ?? 0) };
+  // A module that cannot be loaded fails outside of any test.
+  if (code !== 0 && count.failed === 0) count.failed = 1;
+  return count;
+}
+
+if (import.meta.main) {
+  await installPackages();
+  await checkAll();
+  const total: Count = { passed: 0, failed: 0, skipped: 0 };
+  for (
+    const [what, args] of [
+      ["unit tests and the examples of the documentation", ["--doc", ...await testFiles("unit")]],
+      ["real machines", await testFiles("real")],
+    ] as const
+  ) {
+    say(`running ${what}`);
+    const count = await runTests(args);
+    total.passed += count.passed;
+    total.failed += count.failed;
+    total.skipped += count.skipped;
+  }
+  say(`${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped`);
+  Deno.exit(total.failed > 0 ? 1 : 0);
+}
