@@ -4,7 +4,7 @@
  * @module
  */
 
-import { basename, join } from "node:path";
+import { basename, dirname, join } from "node:path";
 import {
   array,
   Choice,
@@ -21,7 +21,6 @@ import {
   string,
 } from "../dsl/mod.ts";
 import { MachineError } from "../vmm/errors.ts";
-import { removeIfThere } from "../vmm/files.ts";
 import type {
   BuildContext,
   BuiltImage,
@@ -272,12 +271,14 @@ async function runMmdebstrap(
     `copy-in ${quote(modules)} /lib/modules`,
     `chroot "$1" depmod ${quote(release)}`,
     `rm -f "$1/etc/hostname" "$1/etc/machine-id"; : >"$1/etc/machine-id"; rm -rf "$1"/var/cache/apt/archives/*.deb "$1"/var/lib/apt/lists/*_*`,
-    `mke2fs -q -t ext4 -L root -m 0 -d "$1" -E root_owner=0:0 ${
+    // A bind mount shows the tree without the /proc and /sys that hooks see in it.
+    `mkdir "$1.plain" && mount --bind "$1" "$1.plain"`,
+    `mke2fs -q -t ext4 -L root -m 0 -d "$1.plain" -E root_owner=0:0 ${
       isRoot ? quote(made) : `"${made}"`
     } ${sizeOption}`,
+    `umount "$1.plain" && rmdir "$1.plain"`,
     ...(isRoot ? [] : [`mv "${made}" "$1/image.ext4"`, `download /image.ext4 ${quote(image)}`]),
   ];
-  let step = "";
   await runTool(
     "mmdebstrap",
     [
@@ -299,12 +300,15 @@ async function runMmdebstrap(
     context,
     {
       package: "mmdebstrap",
-      env: { PATH: `${Deno.env.get("PATH") ?? ""}:/usr/sbin:/sbin` },
+      env: {
+        PATH: `${Deno.env.get("PATH") ?? ""}:/usr/sbin:/sbin`,
+        // What a killed build leaves is removed with the unfinished entry of the cache.
+        ...(isRoot ? { TMPDIR: dirname(image) } : {}),
+      },
       onLine(line) {
-        const next = /^I: (.*?)(\.\.\.)?$/.exec(line)?.[1];
-        if (next !== undefined && next !== step) {
-          context.report(`building the root file system: ${step = next}`);
-        }
+        const next = /^I: ((downloading|extracting|installing) .*?)(\.\.\.)?$/.exec(line)?.[1];
+        if (next !== undefined) context.report(`building the root file system: ${next}`);
+        else if (/mke2fs/.test(line)) context.report("building the root file system: making the disk");
       },
     },
   );
@@ -313,7 +317,6 @@ async function runMmdebstrap(
     await runTool("cp", ["--sparse=always", image, `${image}.sparse`], context, { package: "coreutils" });
     await Deno.rename(`${image}.sparse`, image);
   }
-  await removeIfThere(`${image}.part`);
 }
 
 /** How the system's apt reaches its mirrors: proxies, certificates and the like hold for the new system's build too. */

@@ -12,6 +12,9 @@ import {
 const encoder = new TextEncoder();
 const decoder = new TextDecoder();
 
+/** No test may leave a socket, a timer or a lock behind. */
+const LEAVES_NOTHING = { sanitizeOps: true, sanitizeResources: true };
+
 function assert(condition: boolean, message: string): asserts condition {
   if (!condition) throw new Error(message);
 }
@@ -256,7 +259,7 @@ Deno.test("guestDeviceArguments puts every channel on ports of its own", () => {
   ]);
 });
 
-Deno.test("GuestChannel pings, with others at once", async () => {
+Deno.test("GuestChannel pings, with others at once", LEAVES_NOTHING, async () => {
   await withDirectory(async (directory) => {
     await using guest = new FakeGuest(directory, () => 0);
     const pings = await Promise.all(
@@ -268,7 +271,7 @@ Deno.test("GuestChannel pings, with others at once", async () => {
   });
 });
 
-Deno.test("GuestChannel waits for a socket with a ping and says what refuses", async () => {
+Deno.test("GuestChannel waits for a socket with a ping and says what refuses", LEAVES_NOTHING, async () => {
   await withDirectory(async (directory) => {
     const endpoints = guestEndpoints(directory, 1);
     const channel = new GuestChannel(endpoints);
@@ -297,7 +300,7 @@ Deno.test("GuestChannel waits for a socket with a ping and says what refuses", a
   });
 });
 
-Deno.test("GuestChannel runs a command with exact input and output", async () => {
+Deno.test("GuestChannel runs a command with exact input and output", LEAVES_NOTHING, async () => {
   await withDirectory(async (directory) => {
     await using guest = new FakeGuest(directory, async (script, input, write) => {
       assert(script.includes("'cat'"), script);
@@ -333,7 +336,7 @@ Deno.test("GuestChannel runs a command with exact input and output", async () =>
   });
 });
 
-Deno.test("GuestChannel runs no more commands at once than there are channels", async () => {
+Deno.test("GuestChannel runs no more commands at once than there are channels", LEAVES_NOTHING, async () => {
   await withDirectory(async (directory) => {
     await using guest = new FakeGuest(directory, async () => {
       await new Promise((resolve) => setTimeout(resolve, 20));
@@ -347,49 +350,53 @@ Deno.test("GuestChannel runs no more commands at once than there are channels", 
   });
 });
 
-Deno.test("GuestChannel gives up a command with its signal, its input's or its output's error", async () => {
-  await withDirectory(async (directory) => {
-    await using guest = new FakeGuest(directory, async (_, __, write) => {
-      await write(new Uint8Array(10), new Uint8Array());
-      await new Promise((resolve) => setTimeout(resolve, 50));
-      return 0;
-    });
-    const channel = new GuestChannel(guest.endpoints);
-    const before = await rejection(channel.exec(["a"], { signal: AbortSignal.abort(new Error("before")) }));
-    assertEquals(before.message, "before");
-    const controller = new AbortController();
-    const during = rejection(channel.exec(["a"], {
-      signal: controller.signal,
-      stdout: () => controller.abort(new Error("during")),
-    }));
-    assertEquals((await during).message, "during");
-    const output = await rejection(channel.exec(["a"], {
-      stdout: () => {
-        throw new Error("output");
-      },
-    }));
-    assertEquals(output.message, "output");
-    const input = await rejection(channel.exec(["a"], {
-      stdin: new ReadableStream({
-        pull(stream) {
-          stream.error(new Error("input"));
+Deno.test(
+  "GuestChannel gives up a command with its signal, its input's or its output's error",
+  LEAVES_NOTHING,
+  async () => {
+    await withDirectory(async (directory) => {
+      await using guest = new FakeGuest(directory, async (_, __, write) => {
+        await write(new Uint8Array(10), new Uint8Array());
+        await new Promise((resolve) => setTimeout(resolve, 50));
+        return 0;
+      });
+      const channel = new GuestChannel(guest.endpoints);
+      const before = await rejection(channel.exec(["a"], { signal: AbortSignal.abort(new Error("before")) }));
+      assertEquals(before.message, "before");
+      const controller = new AbortController();
+      const during = rejection(channel.exec(["a"], {
+        signal: controller.signal,
+        stdout: () => controller.abort(new Error("during")),
+      }));
+      assertEquals((await during).message, "during");
+      const output = await rejection(channel.exec(["a"], {
+        stdout: () => {
+          throw new Error("output");
         },
-      }),
-    }));
-    assertEquals(input.message, "input");
-    let cancelled = false;
-    assertEquals((await channel.exec(["a"])).status, 0);
-    const unread = new ReadableStream<Uint8Array>({
-      cancel() {
-        cancelled = true;
-      },
+      }));
+      assertEquals(output.message, "output");
+      const input = await rejection(channel.exec(["a"], {
+        stdin: new ReadableStream({
+          pull(stream) {
+            stream.error(new Error("input"));
+          },
+        }),
+      }));
+      assertEquals(input.message, "input");
+      let cancelled = false;
+      assertEquals((await channel.exec(["a"])).status, 0);
+      const unread = new ReadableStream<Uint8Array>({
+        cancel() {
+          cancelled = true;
+        },
+      });
+      await rejection(channel.exec([], { stdin: unread }));
+      assert(cancelled, "the input of a command that did not run was not cancelled");
     });
-    await rejection(channel.exec([], { stdin: unread }));
-    assert(cancelled, "the input of a command that did not run was not cancelled");
-  });
-});
+  },
+);
 
-Deno.test("GuestChannel says what a file operation failed of", async () => {
+Deno.test("GuestChannel says what a file operation failed of", LEAVES_NOTHING, async () => {
   await withDirectory(async (directory) => {
     await using guest = new FakeGuest(directory, async (script, input, write) => {
       if (script.includes("'/good'")) {

@@ -136,7 +136,7 @@ export function qemuArguments(
       "-blockdev",
       JSON.stringify(blockNode(disk)),
       "-device",
-      JSON.stringify(diskDevice(disk, `port${index}`)),
+      JSON.stringify(diskDevice(disk, `port${index}`, spec.kernel === undefined && disk.name === "root")),
     ]),
     ...spec.nics.flatMap((nic, index) => [
       "-netdev",
@@ -185,16 +185,17 @@ export function blockNode(disk: MachineDisk): Record<string, unknown> {
  *
  * @param disk The disk
  * @param bus The PCIe port
+ * @param isBoot Whether firmware boots from it
  * @returns The options
  */
-export function diskDevice(disk: MachineDisk, bus: string): Record<string, unknown> {
+export function diskDevice(disk: MachineDisk, bus: string, isBoot = false): Record<string, unknown> {
   return {
     driver: "virtio-blk-pci",
     id: `dev-disk-${disk.name}`,
     drive: `disk-${disk.name}`,
     serial: disk.serial,
     bus,
-    ...(disk.name === "root" ? { bootindex: 0 } : {}),
+    ...(isBoot ? { bootindex: 0 } : {}),
   };
 }
 

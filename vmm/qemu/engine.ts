@@ -394,9 +394,11 @@ export class QemuMachine implements Machine {
     } catch (error) {
       throw writeError(`start "${spec.address}"`, error);
     }
-    if (await exists(files.consoleLog)) await Deno.rename(files.consoleLog, `${files.consoleLog}.1`);
+    for (const log of [files.consoleLog, files.engineLog]) {
+      if (await exists(log)) await Deno.rename(log, `${log}.1`);
+    }
     await removeIfThere(files.pid);
-    const { success, stderr } = await new Deno.Command(binary, {
+    const { success, code, signal, stderr } = await new Deno.Command(binary, {
       args: qemuArguments(spec, files, accelerator),
       cwd: files.folder,
       stdin: "null",
@@ -404,7 +406,10 @@ export class QemuMachine implements Machine {
       stderr: "piped",
     }).output();
     if (!success) {
-      const said = new TextDecoder().decode(stderr).trim().replaceAll(`${binary}: `, "");
+      // A daemon's last words are in its log.
+      const words = `${new TextDecoder().decode(stderr)}${await tailOf(files.engineLog, 4096)}`.trim();
+      const said = words.replaceAll(/^\S*qemu-system-\w+: /gm, "") ||
+        `it ended with ${signal ?? `status ${code}`}`;
       throw new MachineError(`Cannot start "${spec.address}" as ${explainStart(said, spec)}`);
     }
     if (spec.memory < spec.maxMemory) {
@@ -699,7 +704,7 @@ function explainStart(said: string, spec: MachineSpec): string {
   if (/cannot set up guest memory|Cannot allocate memory/i.test(said)) {
     return `the host has not enough memory for ${formatSize(spec.maxMemory)}: lower memory or maxMemory`;
   }
-  return said === "" ? "QEMU ended at once without a word" : `QEMU said: ${said}`;
+  return `QEMU failed: ${said}`;
 }
 
 function delay(milliseconds: number): Promise<void> {
