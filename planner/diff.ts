@@ -109,9 +109,18 @@ function compare(before: unknown, after: unknown): { field: string; before: unkn
   for (const field of new Set([...a.keys(), ...b.keys()])) {
     const from = a.get(field);
     const to = b.get(field);
-    if (!equal(from, to)) fields.push({ field, before: from, after: to });
+    if (equal(from, to)) continue;
+    // What an empty object or list gains or loses is told by the fields inside.
+    const other = isEmpty(from) ? b : isEmpty(to) ? a : undefined;
+    if (other && !other.has(field) && [...other.keys()].some((each) => covers(field, each))) continue;
+    if (isEmpty(from) && to === undefined || isEmpty(to) && from === undefined) continue;
+    fields.push({ field, before: from, after: to });
   }
   return fields;
+}
+
+function isEmpty(value: unknown): boolean {
+  return typeof value === "object" && value !== null && Object.keys(value).length === 0;
 }
 
 /**
@@ -342,6 +351,7 @@ function compareOne(
     const how: Disruption = kind.disruption?.(
       { field: each.field, before: plain(each.before), after: plain(each.after) },
       instance,
+      after,
     ) ?? { class: "recreate" };
     return { ...each, disruption: how.class, ...(how.mechanism ? { mechanism: how.mechanism } : {}) };
   });

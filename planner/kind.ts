@@ -124,8 +124,9 @@ export interface Kind<Props = Json, Outputs = Json> extends KindDefinition<Props
    *
    * @param difference The field
    * @param recorded Recorded instance with its live values
+   * @param desired Props that are wanted
    */
-  disruption?(difference: FieldDifference, recorded: Instance<Props, Outputs>): Disruption;
+  disruption?(difference: FieldDifference, recorded: Instance<Props, Outputs>, desired: Props): Disruption;
   /**
    * Completes and checks the props of all instances together before a plan: derived addresses, limits of the host.
    *

@@ -31,9 +31,9 @@ export const GUEST_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sb
 /**
  * The agent's script, kept in a guest at `/run/hypertopia/agent`.
  *
- * Its subcommands: `start` (another one in the background), `serve` (the control line), `session` (one
- * command), `end` (ends what a session left), `first` (PID 1 of the minimal guest), `command` (the machine's
- * own command), `shell` (a root shell on the console).
+ * Its subcommands: `serve` (the control line), `session` (one command), `end` (ends what a session left),
+ * `first` (PID 1 of the minimal guest), `console` and `shell` (its root shell), `command` (the machine's own
+ * command).
  */
 export const AGENT_SCRIPT: string = `#!${GUEST_BUSYBOX} sh
 # Names start with ht_ because the machine's environment is loaded into the same shell.
@@ -41,6 +41,13 @@ ht_run=${GUEST_RUN_DIRECTORY}
 ht_bb=${GUEST_BUSYBOX}
 ht_agent=$ht_run/agent
 set -f
+
+# detach ARGUMENTS: starts the agent anew in a session of its own, as a child of PID 1. The second setsid,
+# run by the leader the first has made, forks. Commands put into the background with & would be deaf to
+# SIGINT, and all that they start.
+detach() {
+  "$ht_bb" setsid "$ht_bb" setsid "$ht_bb" sh "$ht_agent" "$@"
+}
 
 load_environment() {
   PATH=${GUEST_PATH} HOME=/root USER=root LOGNAME=root
@@ -103,8 +110,7 @@ forget_session() {
   rm -f "$ht_run/session.$1" 2>/dev/null
   [ -n "$ht_user" ] && signal_session TERM "$ht_user"
   [ -n "$ht_group" ] && kill -KILL "-$ht_group" 2>/dev/null
-  [ -n "$ht_user" ] || return 0
-  ("$ht_bb" sh "$ht_agent" end "$ht_user" </dev/null >/dev/null 2>&1 3>&- &)
+  [ -z "$ht_user" ] || detach end "$ht_user" </dev/null >/dev/null 2>&1 3>&-
 }
 
 session_alive() {
@@ -118,9 +124,8 @@ open_channel() {
   ht_data=$ht_port
   find_port "hypertopia.$1.err" || { reply "error no port hypertopia.$1.err" && return; }
   forget_session "$1"
-  # By way of a process that ends at once, so that PID 1 reaps the session; the token goes by a pipe for
-  # it must show in no command line.
-  (printf '%s\\n' "$2" | "$ht_bb" setsid "$ht_bb" sh "$ht_agent" session "$1" "$ht_data" "$ht_port" 3>&- &)
+  # The token goes by a pipe for it must show in no command line.
+  printf '%s\\n' "$2" | detach session "$1" "$ht_data" "$ht_port" 3>&-
   reply ok
 }
 
@@ -165,23 +170,23 @@ stop() {
   (halt_now "$1") &
 }
 
-# first CONSOLE: PID 1 of the minimal guest: a root shell on the console, and reaping, which every wait of
-# the shell does. (busybox init would wake up each second.)
+# first CONSOLE: PID 1 of the minimal guest, which reaps, as every wait of the shell does. (busybox init would
+# wake up each second.)
 first() {
   ht_halting=
   trap 'stop poweroff' USR1 USR2
   trap 'stop reboot' TERM INT
-  while [ -z "$ht_halting" ]; do
-    if [ -c "/dev/$1" ]; then
-      "$ht_bb" setsid -c "$ht_bb" sh "$ht_agent" shell <>"/dev/$1" >&0 2>&1 &
-    else
-      sleep 86400 &
-    fi
-    wait "$!"
-    sleep 1
-  done
+  [ ! -c "/dev/$1" ] || detach console "$1"
   while :; do
-    wait
+    sleep 86400 &
+    wait "$!"
+  done
+}
+
+# console NAME: a root shell on the console, and another when it ends.
+console() {
+  while :; do
+    "$ht_bb" setsid -c "$ht_bb" sh "$ht_agent" shell <>"/dev/$1" >&0 2>&1
     sleep 1
   done
 }
@@ -252,6 +257,8 @@ serve() {
   for ht_word in $ht_line; do
     case $ht_word in hypertopia.control=*) ht_control=/dev/\${ht_word#*=} ;; esac
   done
+  # As the leader of its session it gets the line for a terminal, whose end is to be survived.
+  trap : HUP
   # The guest can still be asked when it runs out of memory; session resets this for commands.
   echo -900 >/proc/self/oom_score_adj
   cd /
@@ -313,8 +320,8 @@ enter() {
 
 # The command's parent: reports its status within its output, in order after all the command wrote.
 launch() {
-  # A background command's own standard input would be /dev/null.
-  exec 4>&- 5>&- 7<&0
+  # The shell's own remarks on how a command ended are not of the command.
+  exec 4>&- 5>&- 7>&2 2>/dev/null
   (
     # Noted by the process itself: no client can leave between its start and the note.
     read -r ht_self ht_rest </proc/self/stat
@@ -322,31 +329,43 @@ launch() {
     echo 0 >/proc/self/oom_score_adj
     unset ht_token
     eval "$ht_script"
-  ) <&7 7<&- &
-  wait "$!" 2>/dev/null
+  ) 2>&7 7>&-
   ht_status=$?
   # What the command left running is its own affair from now on.
   echo "$$" >"$ht_run/session.$ht_channel"
   printf '\\036hypertopia-end %s %s\\n' "$ht_token" "$ht_status"
-  printf '\\036hypertopia-end %s %s\\n' "$ht_token" "$ht_status" >&2
+  printf '\\036hypertopia-end %s %s\\n' "$ht_token" "$ht_status" >&7
+}
+
+# Ends the session when the host leaves, which is what ends the reading: nothing is sent on this port.
+watch_host() {
+  while read -r ht_line <&5; do :; done
+  # Without the file the agent leaves this group alone, whose number may soon be another's.
+  ht_group= ht_user=
+  read -r ht_group ht_user <"$ht_run/session.$ht_channel" && [ "$ht_group" = "$$" ] &&
+    rm -f "$ht_run/session.$ht_channel"
+  [ -z "$ht_user" ] || exec "$ht_bb" setsid "$ht_bb" sh "$ht_agent" end "$ht_user" "$$" >/dev/null 4>&- 5>&-
+  kill -KILL "-$$"
+}
+
+run_session() {
+  read -r ht_size ht_input <&4 || return 0
+  ht_script=$(dd bs="$ht_size" count=1 iflag=fullblock status=none <&4)
+  {
+    if [ "$ht_input" = 1 ]; then
+      feed | launch
+    else
+      launch </dev/null
+    fi 2>&6 6>&- | pump >&4 6>&-
+  } 6>&1 | pump >&5
 }
 
 session_ports() {
   printf '\\036hypertopia-ready %s\\n' "$ht_token" >&4
   printf '\\036hypertopia-ready %s\\n' "$ht_token" >&5
-  read -r ht_size ht_input <&4 || return 0
-  ht_script=$(dd bs="$ht_size" count=1 iflag=fullblock status=none <&4)
-  {
-    {
-      if [ "$ht_input" = 1 ]; then
-        feed | launch
-      else
-        launch </dev/null
-      fi 2>&6 6>&- | pump >&4 6>&-
-    } 6>&1 | pump >&5
-  } &
-  # Nothing is sent this way: the read ends when the host leaves.
-  cat <&5 >/dev/null
+  watch_host | run_session
+  # Only the host's leaving ends a session.
+  sleep 86400
 }
 
 # session K DATA_PORT ERROR_PORT: leads a process group of all that uses the ports, so that one signal
@@ -367,17 +386,12 @@ session() {
     [ "$ht_left" -gt 0 ] || break
     sleep 0.05
   done
-  # Without the file the agent leaves this group alone, whose number may soon be another's.
-  ht_group= ht_user=
-  read -r ht_group ht_user <"$ht_run/session.$1" && [ "$ht_group" = "$$" ] && rm -f "$ht_run/session.$1"
-  [ -z "$ht_user" ] || exec "$ht_bb" setsid "$ht_bb" sh "$ht_agent" end "$ht_user" "$$"
-  kill -KILL "-$$"
 }
 
 case $1 in
-  start) "$ht_bb" sh "$ht_agent" "$2" & ;;
   serve) serve ;;
   first) first "$2" ;;
+  console) console "$2" ;;
   session) session "$2" "$3" "$4" ;;
   end)
     # First the command: it must not take the end of the ports for the end of its input.

@@ -98,7 +98,9 @@ configure_network() {
 
 # start_agent SUBCOMMAND: in the final root, which is PID 1's own for as long as root is empty.
 start_agent() {
-  /bin/chroot "$root/" "$bb" setsid "$bb" sh "$run/agent" start "$1" <"$root/dev/null" >"$root/dev/console" 2>&1
+  # The second setsid, run by a leader, forks: nothing is waited for.
+  /bin/chroot "$root/" "$bb" setsid "$bb" setsid "$bb" sh "$run/agent" "$1" \\
+    <"$root/dev/null" >"$root/dev/console" 2>&1
 }
 
 # systemd gets a unit instead.

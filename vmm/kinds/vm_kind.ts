@@ -88,7 +88,9 @@ export interface VmNormalProps {
   /** Size of the root disk. */
   readonly rootSize?: Size;
   /** Disks. */
-  readonly disks?: Readonly<Record<string, { disk: ResourceReference; mount?: string; readOnly: boolean }>>;
+  readonly disks?: Readonly<
+    Record<string, { disk: ResourceReference; mount?: string; readOnly: boolean; size?: Size }>
+  >;
   /** NICs. */
   readonly nics?: Readonly<Record<string, VmNic>>;
   /** Environment. */
@@ -170,6 +172,7 @@ export function vmKind(options: VmKindOptions): Kind<VmNormalProps, VmOutputs> {
 function disruption(
   { field, before, after }: FieldDifference,
   recorded: Instance<VmNormalProps, VmOutputs>,
+  desired: VmNormalProps,
 ): Disruption {
   const isStopped = recorded.props.power !== "running" && recorded.props.power !== "paused";
   if (field === "memory" && typeof after === "string") {
@@ -197,8 +200,9 @@ function disruption(
   if (device) {
     const [, group, name] = device;
     const had = recorded.props[group as "disks" | "nics"]?.[name!] !== undefined;
-    const isWhole = !had || after === undefined && !/\.(forwards|mount)\b/.test(field);
-    if (/\.forwards\b/.test(field)) return { class: "live", mechanism: "port forward" };
+    const isWhole = !had || desired[group as "disks" | "nics"]?.[name!] === undefined;
+    if (!isWhole && /^disks\..*\.size$/.test(field)) return { class: "live", mechanism: "grow" };
+    if (!isWhole && /\.forwards\b/.test(field)) return { class: "live", mechanism: "port forward" };
     if (isStopped) return { class: "none", mechanism: "from the next start" };
     if (isWhole) return { class: "hotplug", mechanism: had ? "PCIe unplug" : "PCIe plug" };
     return { class: "reboot", mechanism: "restart with another device" };
@@ -256,8 +260,16 @@ function prepare(drafts: readonly Draft<VmNormalProps, VmOutputs>[]): void {
         disk.$resource,
       );
     }
+    // A machine that runs must be told when one of its disks grows.
+    const disks = Object.entries(props.disks ?? {}).map(([name, each]) => {
+      const size = isUnknown(each.disk)
+        ? undefined
+        : draft.references.get(each.disk.$resource)?.size as Size | undefined;
+      return [name, { ...each, ...(size === undefined ? {} : { size }) }] as const;
+    });
     draft.props = {
       ...props,
+      ...(disks.length > 0 ? { disks: Object.fromEntries(disks) } : {}),
       hostname: props.hostname ?? hostnameOf(address),
       ...(memory === undefined ? {} : {
         maxMemory: props.maxMemory ?? derivedMaxMemory(memory, draft.recorded?.maxMemory, hostMemory),
