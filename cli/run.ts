@@ -102,7 +102,10 @@ export async function run(args: readonly string[], context: RunContext): Promise
 }
 
 /** Prints an error without a stack trace. */
-function report(error: unknown, isJson: boolean, { io, signal }: RunContext): void {
+function report(thrown: unknown, isJson: boolean, { io, signal }: RunContext): void {
+  // What went wrong first says more than what then failed while cleaning up.
+  let error = thrown;
+  while (error instanceof SuppressedError) error = error.suppressed;
   const style = makeStyle(io.isColoured);
   if (error instanceof ValidationError) {
     const ui = new JsonUi(io.out);

@@ -34,6 +34,8 @@ export interface DiffInput {
   readonly graph: Graph;
   /** Current records by address, after moves. */
   readonly records: ReadonlyMap<string, ResourceRecord>;
+  /** Generations of addresses that have no current record and an old object set aside. */
+  readonly fresh: ReadonlyMap<string, number>;
   /** What was seen; undefined where nobody looked. */
   readonly observations: Observations | undefined;
   /** The known kinds. */
@@ -135,7 +137,7 @@ export async function diff(input: DiffInput): Promise<DiffResult> {
   const { live, drift } = findDrift(records, input.observations);
   const declared = input.destroy ? [] : graph.resources;
   const changes: Change[] = [];
-  const generations = new Map<string, number>();
+  const generations = new Map(input.fresh);
   const known = new Map<string, { outputs: Json; isComplete: boolean }>();
   for (const [address, record] of records) {
     generations.set(address, record.generation);

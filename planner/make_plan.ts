@@ -60,6 +60,12 @@ export async function makePlan(options: PlanOptions): Promise<Plan> {
   const { records, moved } = move(graph, current);
   checkAddresses(options, records);
 
+  // An address whose old object is set aside goes on with the next generation.
+  const fresh = new Map<string, number>();
+  for (const { address, generation } of deposed) {
+    fresh.set(address, Math.max(fresh.get(address) ?? 0, generation + 1));
+  }
+
   let observations: Observations | undefined;
   if (options.refresh !== false) {
     const instances: (readonly [string, Instance])[] = [];
@@ -67,7 +73,8 @@ export async function makePlan(options: PlanOptions): Promise<Plan> {
     if (mode === "normal") {
       for (const declaration of graph.resources) {
         if (!records.has(declaration.address)) {
-          const instance = unrecorded(declaration, graph.stack, state.lineage);
+          const id = objectId(state.lineage, declaration.address, fresh.get(declaration.address) ?? 0);
+          const instance = unrecorded(declaration, graph.stack, id);
           if (instance) instances.push([declaration.kind.name, instance]);
         }
       }
@@ -91,6 +98,7 @@ export async function makePlan(options: PlanOptions): Promise<Plan> {
   const found = await diff({
     graph,
     records,
+    fresh,
     observations,
     kinds: knownKinds(graph, kinds),
     replace: new Set(options.replace ?? []),
@@ -113,7 +121,7 @@ export async function makePlan(options: PlanOptions): Promise<Plan> {
       affects: [],
     });
   }
-  const operations = order(changes, graph, records, deposed, knownKinds(graph, kinds), state.lineage);
+  const operations = order(changes, graph, records, deposed, fresh, knownKinds(graph, kinds), state.lineage);
   const outputs: Record<string, OutputChange> = {};
   if (!options.targets?.length && !options.exclude?.length) {
     const before = state.outputs();
@@ -247,7 +255,7 @@ function isWithin(address: string, target: string): boolean {
 }
 
 /** A declared instance that is not on record, as far as it can be looked for: its props must be known. */
-function unrecorded(declaration: Declaration, stack: string, lineage: string): Instance | undefined {
+function unrecorded(declaration: Declaration, stack: string, id: string): Instance | undefined {
   const props = resolve(declaration.props, {
     output: () => UNKNOWN,
     reference: (resource) => ({ $resource: "", kind: resource.kind.name, generation: 0 }),
@@ -255,7 +263,7 @@ function unrecorded(declaration: Declaration, stack: string, lineage: string): I
   if (hasUnknown(props)) return undefined;
   return {
     address: declaration.address,
-    id: objectId(lineage, declaration.address, 0),
+    id,
     stack,
     props: reveal(props) as Json,
     outputs: undefined,
@@ -385,6 +393,7 @@ function order(
   graph: Graph,
   records: ReadonlyMap<string, ResourceRecord>,
   deposed: readonly ResourceRecord[],
+  fresh: ReadonlyMap<string, number>,
   kinds: Kinds,
   lineage: string,
 ): Operation[] {
@@ -420,8 +429,8 @@ function order(
   changes.forEach((change, index) => {
     const { address, action } = change;
     const record = records.get(address);
-    const generation = record?.generation ?? 0;
-    const id = record?.id ?? objectId(lineage, address, 0);
+    const generation = record?.generation ?? fresh.get(address) ?? 0;
+    const id = record?.id ?? objectId(lineage, address, generation);
     if (change.deposed !== "") {
       const old = deposed.find((each) => each.address === address && each.deposed === change.deposed)!;
       late.set(`${address} ${change.deposed}`, add("delete", index, old.id, old.generation, change.deposed));

@@ -338,7 +338,12 @@ export class State implements Disposable {
       [Symbol.dispose]: () => {
         clearInterval(this.#renewal);
         this.#lockId = undefined;
-        if (database.isOpen) database.prepare("DELETE FROM lock WHERE id = ?").run(id);
+        if (!database.isOpen) return;
+        try {
+          database.prepare("DELETE FROM lock WHERE id = ?").run(id);
+        } catch {
+          // A full disk: the lock of a process that ended is taken over by the next one.
+        }
       },
     };
   }

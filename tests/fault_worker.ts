@@ -43,7 +43,7 @@ const declared = stack("faults", () => {
     nics: { eth0: lan.nic() },
     disks: { data },
   });
-  const stands = vm({ memory: "64MiB", image: debian(), power: "stopped", env: { IP: runs.nics.eth0.ip } });
+  const stands = vm({ memory: "96MiB", image: debian(), power: "stopped", env: { IP: runs.nics.eth0.ip } });
   // It is on nobody's record until it is applied, so what was cut off must be taken over.
   const note = textFile({ path: `${folder}/note`, content: `${phase === "second" ? "new" : "old"}` }, {
     adopt: true,

@@ -32,8 +32,8 @@ export const GUEST_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sb
  * The agent's script, kept in a guest at `/run/hypertopia/agent`.
  *
  * Its subcommands: `serve` (the control line), `session` (one command), `end` (ends what a session left),
- * `first` (PID 1 of the minimal guest), `console` and `shell` (its root shell), `command` (the machine's own
- * command).
+ * `halt` (stops the machine), `first` (PID 1 of the minimal guest), `console` and `shell` (its root shell),
+ * `command` (the machine's own command).
  */
 export const AGENT_SCRIPT: string = `#!${GUEST_BUSYBOX} sh
 # Names start with ht_ because the machine's environment is loaded into the same shell.
@@ -168,6 +168,7 @@ stop() {
   [ -z "$ht_halting" ] || return 0
   ht_halting=1
   (halt_now "$1") &
+  ht_stopper=$!
 }
 
 # first CONSOLE: PID 1 of the minimal guest, which reaps, as every wait of the shell does. (busybox init would
@@ -177,10 +178,11 @@ first() {
   trap 'stop poweroff' USR1 USR2
   trap 'stop reboot' TERM INT
   [ ! -c "/dev/$1" ] || detach console "$1"
-  while :; do
+  while [ -z "$ht_halting" ]; do
     sleep 86400 &
     wait "$!"
   done
+  wait "$ht_stopper"
 }
 
 # console NAME: a root shell on the console, and another when it ends.
@@ -191,7 +193,7 @@ console() {
   done
 }
 
-# halt VERB: orderly; runs in the background of the control line.
+# halt VERB: orderly.
 halt() {
   read -r ht_mode <"$ht_run/mode"
   case $ht_mode in
@@ -238,7 +240,7 @@ handle() {
       ;;
     poweroff | reboot)
       reply ok
-      (halt "$2" &)
+      detach halt "$2" </dev/null 3>&-
       ;;
     *) reply "error unknown request $2" ;;
   esac
@@ -399,6 +401,7 @@ case $1 in
     [ -z "$3" ] || kill -KILL "-$3" 2>/dev/null
     end_session "$2"
     ;;
+  halt) halt "$2" ;;
   command)
     load_environment
     cd /

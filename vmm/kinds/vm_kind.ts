@@ -127,6 +127,8 @@ export interface VmOutputs {
   readonly maxMemory: Size;
 }
 
+/** Capacities are whole sectors. */
+const SECTOR = 512;
 /** Most disks and NICs that one machine may have together. */
 const MAX_DEVICES = 20;
 
@@ -193,7 +195,7 @@ function disruption(
     const isGrowth = typeof after === "string" &&
       (typeof before !== "string" || parseSize(after) > parseSize(before));
     return isGrowth
-      ? { class: "reboot", mechanism: "grow the root disk" }
+      ? { class: "live", mechanism: "grow" }
       : { class: "recreate", mechanism: "a disk cannot shrink" };
   }
   const device = /^(disks|nics)\.([^.[]+)/.exec(field);
@@ -442,7 +444,7 @@ class Driver {
       await writeStopped(machine, spec);
     } else {
       if (request.before?.power === "paused") await machine.resume().catch(() => {});
-      const isBootTime = ["env", "files", "command", "hostname", "rootSize"].some((field) =>
+      const isBootTime = ["env", "files", "command", "hostname"].some((field) =>
         request.before !== undefined && !sameField(request.before, props, field)
       );
       const { isRestarted } = await machine.update(spec, {
@@ -577,7 +579,8 @@ class Driver {
     const disks: MachineDisk[] = [];
     if (built.root) {
       const path = join(folder, "root.qcow2");
-      const size = Math.max(built.root.size, props.rootSize === undefined ? 0 : parseSize(props.rootSize));
+      const least = Math.ceil(built.root.size / SECTOR) * SECTOR;
+      const size = Math.max(least, props.rootSize === undefined ? 0 : parseSize(props.rootSize));
       if (!(await exists(path))) {
         try {
           await writeWhole(path, emptyQcow2(size, { path: built.root.path, format: built.root.format }));

@@ -412,10 +412,9 @@ export class QemuMachine implements Machine {
         `it ended with ${signal ?? `status ${code}`}`;
       throw new MachineError(`Cannot start "${spec.address}" as ${explainStart(said, spec)}`);
     }
-    if (spec.memory < spec.maxMemory) {
-      await using qmp = await this.#monitor();
-      await qmp.execute("balloon", { value: spec.memory });
-    }
+    await using qmp = await this.#monitor(options.signal);
+    await growDisks(qmp, spec, options);
+    if (spec.memory < spec.maxMemory) await qmp.execute("balloon", { value: spec.memory });
   }
 
   async #record(spec: MachineSpec): Promise<void> {
@@ -501,11 +500,9 @@ export class QemuMachine implements Machine {
         options.report?.(`plugging disk ${disk.name}`);
         await attempt(() => qmp.execute("blockdev-add", blockNode(disk)), /duplicate/i);
         await qmp.execute("device_add", diskDevice(disk, await freePort(qmp, spec)));
-      } else if (before && before.size < disk.size) {
-        options.report?.(`growing disk ${disk.name}`);
-        await qmp.execute("block_resize", { "node-name": `disk-${disk.name}`, size: disk.size });
       }
     }
+    await growDisks(qmp, spec, options);
     for (const nic of spec.nics) {
       const before = current.nics.find((each) => each.name === nic.name);
       if (!before && !isPlugged(`dev-nic-${nic.name}`)) {
@@ -555,6 +552,23 @@ async function balloon(qmp: Qmp, target: number, options: OperationOptions): Pro
     options.signal?.throwIfAborted();
     await delay(100);
   }
+}
+
+/** Grows disks that are smaller than they should be: the file of a root disk, or what a running QEMU takes a disk for. */
+async function growDisks(qmp: Qmp, spec: MachineSpec, options: OperationOptions): Promise<void> {
+  if (spec.disks.length === 0) return;
+  const nodes = await qmp.execute("query-named-block-nodes", { flat: true }) as BlockNode[];
+  for (const disk of spec.disks) {
+    const node = nodes.find((each) => each["node-name"] === `disk-${disk.name}`);
+    if (!node || node.image["virtual-size"] >= disk.size || disk.readOnly) continue;
+    options.report?.(`growing disk ${disk.name}`);
+    await qmp.execute("block_resize", { "node-name": `disk-${disk.name}`, size: disk.size });
+  }
+}
+
+interface BlockNode {
+  readonly "node-name": string;
+  readonly image: { readonly "virtual-size": number };
 }
 
 async function unplug(
