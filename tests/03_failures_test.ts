@@ -260,7 +260,7 @@ realTest("a wrong checksum is refused, and an interrupted download is continued"
   const url = `http://127.0.0.1:${server.addr.port}/disk.raw`;
   const cache = { HYPERTOPIA_CACHE: `${place.folder}/cache` };
   const body = (sha256: string) =>
-    `{ a: vm({ memory: "96MiB", image: image({ disk: { url: "${url}", sha256: "${sha256}" }, format: "raw" }), ready: [] }) }`;
+    `{ a: vm({ memory: "96MiB", image: image({ disk: { url: "${url}", sha256: "${sha256}" }, format: "raw" }), ready: [], shutdownTimeout: "1s" }) }`;
   await place.declare(body("0".repeat(64)));
   cut = false;
   const wrong = await place.run(["apply", "--yes"], { code: 1, env: cache });
