@@ -127,7 +127,7 @@ realTest(
     assert.equal((await place.processes()).length, 1);
     assert.match((await place.run(["plan"])).stdout, /was not ready yet/);
     // What it waits for appears: the next apply only waits again.
-    await place.run(["exec", "a", "--", "sh", "-c", "nc -lk -p 81 -e cat >/dev/null 2>&1 </dev/null &"]);
+    await place.run(["exec", "a", "--", "sh", "-c", "httpd -p 81 -h /"]);
     const again = await place.run(["apply", "--yes"]);
     assert.match(again.stdout, /a: Updated/);
     await place.run(["plan", "--detailed-exitcode"]);

@@ -78,9 +78,9 @@ signal_session() {
 end_session() {
   signal_session TERM "$1" || return 0
   kill -CONT "-$1" 2>/dev/null
-  ht_left=20
+  ht_left=10
   while [ "$ht_left" -gt 0 ]; do
-    sleep 0.1
+    sleep 0.2
     signal_session 0 "$1" || return 0
     ht_left=$((ht_left - 1))
   done
