@@ -4,7 +4,7 @@
  * @module
  */
 
-import { testFiles } from "./task.ts";
+import { sourceFiles } from "./task.ts";
 
 /** What each top-level folder may import from, beside itself. */
 export const LAYERS: Readonly<Record<string, readonly string[]>> = {
@@ -23,7 +23,7 @@ export const LAYERS: Readonly<Record<string, readonly string[]>> = {
  */
 export async function checkImports(): Promise<string[]> {
   const problems: string[] = [];
-  for (const path of await testFiles("unit")) {
+  for (const path of await sourceFiles()) {
     const text = await Deno.readTextFile(path);
     problems.push(...findProblems(path, text));
   }

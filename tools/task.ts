@@ -33,24 +33,43 @@ export async function deno(args: readonly string[]): Promise<void> {
   if (code !== 0) fail(`"deno ${args.slice(0, 3).join(" ")}" failed with status ${code}`);
 }
 
+/** Folders of published code and its unit tests. */
+const FOLDERS = ["cli", "dsl", "ffi", "planner", "stdlib", "tools", "vmm"];
+
 /**
- * Lists source files: those with unit tests or documentation examples, or the tests of real machines.
+ * Lists TypeScript files.
  *
- * @param which Which ones
- * @returns Paths
+ * @param folders Where to look
+ * @returns Paths, sorted
  */
-export async function testFiles(which: "unit" | "real"): Promise<string[]> {
-  const folders = which === "unit" ? ["cli", "dsl", "ffi", "planner", "stdlib", "tools", "vmm"] : ["tests"];
-  const files: string[] = which === "unit" ? ["mod.ts"] : [];
+export async function sourceFiles(folders: readonly string[] = FOLDERS): Promise<string[]> {
+  const files: string[] = [];
   const walk = async (folder: string): Promise<void> => {
     for await (const entry of Deno.readDir(folder)) {
       const path = `${folder}/${entry.name}`;
       if (entry.isDirectory) await walk(path);
-      else if (which === "unit" ? path.endsWith(".ts") : path.endsWith("_test.ts")) files.push(path);
+      else if (path.endsWith(".ts")) files.push(path);
     }
   };
   for (const folder of folders) {
     if (await Deno.stat(folder).then(() => true, () => false)) await walk(folder);
   }
   return files.sort();
+}
+
+/**
+ * Lists test files: unit tests and files whose documentation has examples, or the tests of real machines.
+ *
+ * @param which Which ones
+ * @returns Paths, sorted
+ */
+export async function testFiles(which: "unit" | "real"): Promise<string[]> {
+  const files = await sourceFiles(which === "unit" ? FOLDERS : ["tests"]);
+  const wanted = await Promise.all(
+    files.map(async (path) =>
+      path.endsWith("_test.ts") ||
+      (which === "unit" && (await Deno.readTextFile(path)).includes(" * ```ts\n"))
+    ),
+  );
+  return files.filter((_, index) => wanted[index]);
 }

@@ -575,7 +575,7 @@ export class GuestChannel {
    * Runs a command in the guest.
    *
    * The command ends when it ends by itself or when its client does: its session is then asked to end, and
-   * killed two seconds later. What a command that ended by itself left running stays.
+   * killed some two seconds later. What a command that ended by itself left running stays.
    *
    * @param argv The command and its arguments, as the program is to get them
    * @param options Its input, environment and directory, and where its output goes

@@ -1,0 +1,37 @@
+/**
+ * What the compiler refuses. `deno check` fails where one of these lines becomes valid.
+ */
+
+import { debian } from "../stdlib/debian.ts";
+import { disk, network, qemu, text, vm } from "../dsl/mod.ts";
+
+const lan = network({ cidr: "10.0.0.0/24" });
+const image = debian();
+const good = vm({ memory: "1GiB", image, nics: { eth0: lan.nic({ forwards: { web: { guest: 80 } } }) } });
+
+/** Never run: it only has to be checked. */
+export function refused(): void {
+  // @ts-expect-error a wrong unit
+  disk({ size: "1GB" });
+  // @ts-expect-error a network without prefix
+  network({ cidr: "10.0.0.0" });
+  // @ts-expect-error a misspelt field
+  vm({ memory: "1GiB", image, memroy: "1GiB" });
+  // @ts-expect-error a missing field
+  vm({ memory: "1GiB" });
+  // @ts-expect-error a NIC that is not declared
+  good.nics.eth1;
+  // @ts-expect-error a forward that is not declared
+  good.nics.eth0.forwards.ssh;
+  // @ts-expect-error an option that the engine does not have
+  qemu({ acceleration: "kvm" });
+  // @ts-expect-error an image where a disk is wanted
+  vm({ memory: "1GiB", image, disks: { data: image } });
+  // These are fine.
+  vm({
+    memory: "1GiB",
+    image,
+    env: { A: text`${good.nics.eth0.ip}:${good.nics.eth0.forwards.web}` },
+    engine: qemu(),
+  });
+}
