@@ -75,7 +75,6 @@ if (import.meta.main) await cli(far);
       "-A",
       "--no-check",
       "--no-config",
-      `--allow-import=${host}`,
       `${place.folder}/far.ts`,
       "plan",
     ],

@@ -32,7 +32,7 @@ export interface MachineFiles {
 }
 
 /** How many data channels the agent gets: so many `exec` and `cp` may run at once. */
-export const DATA_CHANNELS = 8;
+export const DATA_CHANNELS = 4;
 /** Empty PCIe ports for devices that are plugged while the machine runs. */
 export const SPARE_PORTS = 4;
 
