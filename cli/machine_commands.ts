@@ -151,6 +151,7 @@ async function attachConsole(machine: Machine, { io, signal }: RunContext): Prom
     );
     const ended = await Promise.race([fromGuest, toGuest, aborted]);
     if (ended === "guest") io.err("\r\nThe machine closed its console.\r\n");
+    else if (isTerminal) io.err("\r\n");
     return 0;
   } finally {
     if (isTerminal) Deno.stdin.setRaw(false);

@@ -131,7 +131,7 @@ function summaryOf(change: Change): string {
     else if ("type" in value && typeof value.type === "string") parts.push(`${name} ${value.type}`);
   }
   const text = parts.join(", ");
-  return text.length > 100 ? `${text.slice(0, 99)}…` : text;
+  return text.length > 60 ? `${text.slice(0, 59)}…` : text;
 }
 
 /**

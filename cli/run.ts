@@ -27,6 +27,7 @@ import {
   openPlan,
   type Plan,
   PlannerError,
+  preflight,
   readPlanFile,
   redact,
   type ResourceRecord,
@@ -92,10 +93,7 @@ export async function run(args: readonly string[], context: RunContext): Promise
     }
     return await new Session(invocation, context).run();
   } catch (error) {
-    if (context.signal.aborted && !(error instanceof PlannerError)) {
-      context.io.err("Interrupted: what was done is on record\n");
-      return 130;
-    }
+    if (context.signal.aborted && !(error instanceof PlannerError)) return 130;
     report(error, isJson, context);
     return 1;
   }
@@ -240,7 +238,12 @@ class Session {
   }
 
   async #lock(state: State, operation: string): Promise<Disposable> {
-    if (this.#isOff("lock") && operation === "plan") return { [Symbol.dispose]() {} };
+    if (this.#isOff("lock")) {
+      if (operation === "plan") return { [Symbol.dispose]() {} };
+      throw new UsageError(
+        `"--lock=false" does not go with "${operation}": it would let two commands change the same things`,
+      );
+    }
     const timeout = this.#flag("lock-timeout");
     return await state.lock(operation, {
       ...(timeout === undefined ? {} : { timeout: parseDuration(timeout) }),
@@ -351,6 +354,7 @@ class Session {
         lineage = plan.lineage;
         if (!(await this.#approve(plan, saved !== undefined, isDestroy, ui))) return 1;
         if (!hasChanges(plan)) return 0;
+        await preflight(plan, { graph, kinds, signal: this.#context.signal });
         approved = planDigest(plan);
       }
     }
@@ -360,6 +364,7 @@ class Session {
     if (approved !== planDigest(plan) && !(await this.#approve(plan, saved !== undefined, isDestroy, ui))) {
       return 1;
     }
+    await preflight(plan, { graph, kinds, signal: this.#context.signal });
     const start = performance.now();
     using progress = ui
       ? { handle: (event: Parameters<JsonUi["handle"]>[0]) => ui.handle(event), [Symbol.dispose]() {} }

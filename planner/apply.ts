@@ -119,6 +119,32 @@ export async function apply(plan: Plan, options: ApplyOptions): Promise<ApplyRes
   return { completed: run.completed, outputs: state.outputs(), failedChecks };
 }
 
+/**
+ * Lets each kind make sure that this host can carry a plan out. Nothing is changed.
+ *
+ * @param plan The plan
+ * @param options The known kinds, and a signal
+ */
+export async function preflight(
+  plan: Plan,
+  options: { readonly graph: Graph; readonly kinds: Kinds; readonly signal?: AbortSignal },
+): Promise<void> {
+  const kinds = knownKinds(options.graph, options.kinds);
+  const groups = new Map<string, { address: string; props: Json }[]>();
+  for (const { type, change } of plan.operations) {
+    const { kind, address, after } = plan.changes[change]!;
+    if ((type !== "create" && type !== "update") || !after) continue;
+    const group = groups.get(kind);
+    const instance = { address, props: reveal(after) as Json };
+    if (group) group.push(instance);
+    else groups.set(kind, [instance]);
+  }
+  for (const [name, instances] of groups) {
+    const kind = requireKind(kinds, name, instances[0]!.address);
+    await kind.preflight?.(instances, options.signal ?? new AbortController().signal);
+  }
+}
+
 function refuseStale(plan: Plan, { state, graph }: ApplyOptions): void {
   const stale = (why: string) =>
     new PlannerError(

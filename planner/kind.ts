@@ -151,6 +151,16 @@ export interface Kind<Props = Json, Outputs = Json> extends KindDefinition<Props
     signal: AbortSignal,
   ): Promise<ReadonlyMap<string, Observation<Props, Outputs>>>;
   /**
+   * Makes sure that this host can carry a plan out, before anything is changed.
+   *
+   * @param instances The instances that are to be created or updated; props may hold `{ $unknown: true }`
+   * @param signal Aborted by Ctrl-C
+   */
+  preflight?(
+    instances: readonly { readonly address: string; readonly props: Props }[],
+    signal: AbortSignal,
+  ): Promise<void>;
+  /**
    * Makes the object be as the props say, whether it exists or not. Idempotent.
    *
    * @param request The wanted instance

@@ -72,9 +72,10 @@ realTest("a missing QEMU is said before anything is made, and how to install it"
   }
   const automatic = await place.run(["apply", "--yes"], { code: 1, env: { PATH: tools } });
   assert.match(automatic.stderr, /no engine can run it here: qemu: .*apt-get install qemu-system-x86/);
+  assert.deepEqual(await place.leftovers(), []);
+  assert.equal(await Deno.stat(`${place.folder}/.hypertopia`).then(() => true, () => false), false);
   const doctor = await place.run(["doctor"], { code: 1, env: { PATH: tools } });
   assert.match(doctor.stdout, /missing +qemu[^]*auto\(\) finds no engine/);
-  await place.run(["destroy", "--yes"]);
 });
 
 realTest("a QEMU that dies at start is explained, and so is a port in use", QEMU, async () => {

@@ -208,9 +208,9 @@ export interface Engine {
   /**
    * Finds out by running code what works here.
    *
-   * @param options Signal and progress
+   * @param options Signal and progress, and options of the engine as a machine has them
    */
-  probe(options?: OperationOptions): Promise<Capabilities>;
+  probe(options?: OperationOptions & { readonly engine?: MachineSpec["engine"] }): Promise<Capabilities>;
   /**
    * Gives the machine of an identity, whether it exists yet or not.
    *

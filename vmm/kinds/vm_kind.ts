@@ -33,7 +33,15 @@ import {
   type Kind,
   type Request,
 } from "../../planner/mod.ts";
-import type { Engine, Machine, MachineDisk, MachineForward, MachineNic, MachineSpec } from "../engine.ts";
+import type {
+  Engine,
+  Machine,
+  MachineDisk,
+  MachineForward,
+  MachineNic,
+  MachineSpec,
+  OperationOptions,
+} from "../engine.ts";
 import { MachineError, writeError } from "../errors.ts";
 import { exists, removeIfThere, writeWhole } from "../files.ts";
 import { guestConfigFiles } from "../guest/config.ts";
@@ -165,6 +173,7 @@ export function vmKind(options: VmKindOptions): Kind<VmNormalProps, VmOutputs> {
     prepare,
     predict,
     observe: (instances) => driver.observe(instances),
+    preflight: (instances, signal) => driver.preflight(instances, signal),
     ensure: (request) => driver.ensure(request),
     ready: (request) => driver.ready(request),
     remove: (request) => driver.remove(request),
@@ -396,6 +405,25 @@ class Driver {
     return found;
   }
 
+  /** Refuses before anything is changed what no engine of this host can run. */
+  async preflight(
+    instances: readonly { readonly address: string; readonly props: VmNormalProps }[],
+    signal: AbortSignal,
+  ): Promise<void> {
+    const seen = new Set<string>();
+    for (const { address, props } of instances) {
+      const key = JSON.stringify(props.engine);
+      if (props.power === "stopped" || isUnknown(props.engine) || seen.has(key)) continue;
+      seen.add(key);
+      try {
+        await this.#chooseEngine(props.engine, { signal });
+      } catch (error) {
+        if (!(error instanceof MachineError)) throw error;
+        throw new MachineError(`Cannot run "${address}" as ${error.message}`, { cause: error });
+      }
+    }
+  }
+
   async ensure(request: Request<VmNormalProps, VmOutputs>): Promise<VmOutputs> {
     const { props, id, address, stack } = request;
     const context: BuildContext = {
@@ -503,21 +531,24 @@ class Driver {
     await removeIfThere(machineFolder(this.#options.paths, request.id));
   }
 
+  /** A machine stays with its engine. */
   async #engine(choice: Chosen, request: Request<VmNormalProps, VmOutputs>): Promise<Engine> {
-    const { engines } = this.#options;
-    if (choice.type !== "auto") {
-      const found = engines.find((each) => each.name === choice.type);
-      if (found) return found;
-      throw new MachineError(
-        `its engine "${choice.type}" is not there: known are ${engines.map((each) => each.name).join(", ")}`,
-      );
+    const current = this.#options.engines.find((each) => each.name === request.outputs?.engine);
+    if (current && (choice.type === "auto" || choice.type === current.name)) return current;
+    return await this.#chooseEngine(choice, request);
+  }
+
+  async #chooseEngine(choice: Chosen, options: OperationOptions): Promise<Engine> {
+    const candidates = this.#options.engines.filter((each) =>
+      choice.type === "auto" || each.name === choice.type
+    );
+    if (candidates.length === 0) {
+      const known = this.#options.engines.map((each) => each.name).join(", ");
+      throw new MachineError(`its engine "${choice.type}" is not there: known are ${known}`);
     }
-    // A machine stays with its engine.
-    const current = engines.find((each) => each.name === request.outputs?.engine);
-    if (current) return current;
     const reasons: string[] = [];
-    for (const engine of engines) {
-      const { isUsable, detail } = await engine.probe({ signal: request.signal, report: request.report });
+    for (const engine of candidates) {
+      const { isUsable, detail } = await engine.probe({ ...options, engine: choice });
       if (isUsable) return engine;
       reasons.push(`${engine.name}: ${detail}`);
     }

@@ -71,19 +71,24 @@ export class QemuEngine implements Engine {
   /**
    * Finds out which accelerators work, by running code in each.
    *
-   * @param options Signal
+   * @param options Signal, and the binary and accelerator of a machine
    * @returns What was found
    */
-  async probe(options: OperationOptions = {}): Promise<Capabilities> {
+  async probe(options: OperationOptions & { engine?: MachineSpec["engine"] } = {}): Promise<Capabilities> {
+    const { binary = DEFAULT_BINARY, accelerator } = (options.engine ?? {}) as {
+      binary?: string;
+      accelerator?: string;
+    };
     try {
-      const reports = await probeOnce(this.#paths, DEFAULT_BINARY, options.signal);
+      const all = await probeOnce(this.#paths, binary, options.signal);
+      const reports = all.filter((each) => accelerator === undefined || each.name === accelerator);
       const best = reports.find((each) => each.usable);
       return {
         engine: "qemu",
         isUsable: best !== undefined,
         detail: best
           ? `accelerator ${best.name}: ${best.detail}`
-          : "no accelerator runs code: reinstall qemu-system-x86",
+          : reports.map(({ name, detail }) => `accelerator ${name} is not usable: ${detail}`).join("; "),
         findings: reports.map(({ name, usable, detail }) => ({ name, isUsable: usable, detail })),
       };
     } catch (error) {
