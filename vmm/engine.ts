@@ -217,6 +217,10 @@ export interface Engine {
    * @param id Identity
    */
   attach(id: string): Machine;
-  /** Lists all machines of this engine on this host, in one pass. */
-  list(): Promise<readonly MachineStatus[]>;
+  /**
+   * Lists the machines of this engine on this host, in one pass.
+   *
+   * @param ids Only these; all unless told
+   */
+  list(ids?: ReadonlySet<string>): Promise<readonly MachineStatus[]>;
 }

@@ -397,7 +397,7 @@ class Driver {
     const found = new Map<string, { props: { power: string } }>();
     const wanted = new Map(instances.map((each) => [each.id, each.address]));
     for (const engine of this.#options.engines) {
-      for (const status of await engine.list()) {
+      for (const status of await engine.list(new Set(wanted.keys()))) {
         const address = wanted.get(status.id);
         if (address !== undefined) found.set(address, { props: { power: status.state } });
       }

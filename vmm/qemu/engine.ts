@@ -108,14 +108,17 @@ export class QemuEngine implements Engine {
   }
 
   /**
-   * Lists all machines of this host.
+   * Lists the machines of this host.
    *
+   * @param wanted Only these; all unless told
    * @returns How each one is
    */
-  async list(): Promise<MachineStatus[]> {
+  async list(wanted?: ReadonlySet<string>): Promise<MachineStatus[]> {
     const ids: string[] = [];
     try {
-      for await (const { name } of Deno.readDir(join(this.#paths.data, "machines"))) ids.push(name);
+      for await (const { name } of Deno.readDir(join(this.#paths.data, "machines"))) {
+        if (wanted?.has(name) ?? true) ids.push(name);
+      }
     } catch (error) {
       if (!(error instanceof Deno.errors.NotFound)) throw error;
     }
