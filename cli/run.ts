@@ -27,9 +27,11 @@ import {
   openPlan,
   type Plan,
   PlannerError,
+  planVariables,
   preflight,
   readPlanFile,
   redact,
+  renameIn,
   type ResourceRecord,
   reveal,
   State,
@@ -337,7 +339,12 @@ class Session {
         }"`,
       );
     }
-    const graph = this.#evaluate(saved ? saved.variables : undefined);
+    let variables: Plan["variables"] | undefined;
+    if (saved) {
+      using state = await this.#openState(false);
+      variables = planVariables(saved, state.secrets);
+    }
+    const graph = this.#evaluate(variables);
     const kinds = await this.#kinds(graph);
     const isDestroy = command === "destroy" || flags.destroy === true;
     const ui = flags.json ? new JsonUi(this.#io.out) : undefined;
@@ -483,24 +490,19 @@ class Session {
     }
     if (action === "mv" && words.length === 2) {
       const [from, to] = words as [string, string];
-      const moving = find(from);
+      find(from);
       if (records.some((each) => each.address === to)) {
         throw new PlannerError(`Cannot move "${from}" to "${to}" as that address is taken`);
       }
       using _lock = await this.#lock(state, "state mv");
       state.backup();
       state.transaction((writer) => {
-        for (const each of moving) {
-          writer.remove(from, each.deposed);
-          writer.put({ ...each, address: to });
-        }
+        const renamed = new Map([[from, to]]);
         for (const each of records) {
-          if (each.address !== from && each.dependencies.includes(from)) {
-            writer.put({
-              ...each,
-              dependencies: each.dependencies.map((target) => target === from ? to : target),
-            });
-          }
+          const next = renameIn(each, renamed);
+          if (next === each) continue;
+          if (each.address === from) writer.remove(from, each.deposed);
+          writer.put(next);
         }
       });
       this.#io.out(`Moved ${from} to ${to}.\n`);

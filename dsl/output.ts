@@ -51,7 +51,8 @@ export class Output<T> {
   }
 
   /**
-   * Makes an output whose value is computed from this one.
+   * Makes an output whose value is computed from this one. A saved plan is bound to the text of the function, and not to
+   * variables that it uses from outside: pass those in with `text` or as props.
    *
    * @param compute A pure function of the value
    * @returns The output of the result
@@ -111,8 +112,10 @@ export function text(
 ): Output<string> {
   return new Output<string>({
     type: "derived",
-    inputs: values,
-    compute: (known) => strings.reduce((whole, part, index) => `${whole}${String(known[index - 1])}${part}`),
+    // The literal parts are inputs too, so that a saved plan is bound to them.
+    inputs: [[...strings], ...values],
+    compute: ([parts, ...known]) =>
+      (parts as string[]).reduce((whole, part, index) => `${whole}${String(known[index - 1])}${part}`),
   });
 }
 

@@ -317,7 +317,9 @@ function evaluate(
   }
   for (const resource of inline) {
     const use = uses.get(resource)?.[0];
-    if (use) addresses.set(resource, addressIn(use.owner, use.field).replace(/\.disk$/, ""));
+    if (use) {
+      addresses.set(resource, addressIn(use.owner, use.field.replace(/(?<=.)\.disk$/, "")));
+    }
   }
   const taken = new Map<string, Resource>();
   for (const [resource, address] of addresses) {
@@ -451,6 +453,7 @@ function declaration(
       ...(value.length > 0 && value[0] !== undefined ? { value: value[0] } : {}),
     });
   };
+  refuseMarks(resource.props, "", report);
   const props = resource.kind.schema.check(resource.props, "", report);
   const { dependsOn: _, replaceOn = [], ignoreChanges, ...rest } = resource.options;
   const options = optionsSchema.check(
@@ -483,6 +486,19 @@ function declaration(
       return site ??= resource.site();
     },
   };
+}
+
+/** Names that stand for something else in state. */
+const MARKS: ReadonlySet<string> = new Set(["$secret", "$unknown", "$resource", "$encrypted"]);
+
+function refuseMarks(value: unknown, field: string, report: (field: string, reason: string) => void): void {
+  if (Array.isArray(value)) value.forEach((each, index) => refuseMarks(each, `${field}[${index}]`, report));
+  else if (isPlainObject(value)) {
+    for (const [key, each] of Object.entries(value)) {
+      if (MARKS.has(key)) report(joinField(field, key), `Name "${key}" is reserved: use another one`);
+      refuseMarks(each, joinField(field, key), report);
+    }
+  }
 }
 
 /** Orders declarations so that each follows its dependencies, in declared order where free; reports a cycle. */

@@ -9,11 +9,11 @@ import { type Graph, isUnknown, parseDuration, type ResourceReference } from "..
 import { resolveChecked } from "./diff.ts";
 import { ApplyError, asError, PlannerError } from "./errors.ts";
 import type { Dependency, Json, Request } from "./kind.ts";
-import { knownKinds } from "./make_plan.ts";
+import { knownKinds, renameIn } from "./make_plan.ts";
 import { type Kinds, requireKind } from "./observe.ts";
 import type { Change, Operation, Plan } from "./plan.ts";
 import type { ResourceRecord, State } from "./state.ts";
-import { hasUnknown, type Lookup, pick, resolve, reveal, UNKNOWN } from "./values.ts";
+import { equal, hasUnknown, type Lookup, pick, resolve, reveal, UNKNOWN } from "./values.ts";
 
 /** What happens during an apply. */
 export type ApplyEvent =
@@ -108,12 +108,25 @@ export async function apply(plan: Plan, options: ApplyOptions): Promise<ApplyRes
       run.failures,
     );
   }
+  if (run.remaining > 0) {
+    throw new PlannerError(
+      `Cannot apply the plan as ${run.remaining} of its ${plan.operations.length} operations wait for each other: ` +
+        `what was done is on record`,
+    );
+  }
+  for (const [name, error] of run.faults) {
+    throw new PlannerError(`Cannot compute the output "${name}" as its function threw: ${error.message}`);
+  }
   const lookup = run.lookup();
   const failedChecks = new Map<string, string>();
   if (plan.mode === "normal") {
     for (const [name, check] of graph.checks) {
-      const holds = resolve(check.condition, lookup);
-      if (!isUnknown(holds) && reveal(holds) !== true) failedChecks.set(name, check.message);
+      try {
+        const holds = resolve(check.condition, lookup);
+        if (!isUnknown(holds) && reveal(holds) !== true) failedChecks.set(name, check.message);
+      } catch (thrown) {
+        failedChecks.set(name, `${check.message} (its function threw: ${asError(thrown).message})`);
+      }
     }
   }
   return { completed: run.completed, outputs: state.outputs(), failedChecks };
@@ -164,6 +177,8 @@ function refuseStale(plan: Plan, { state, graph }: ApplyOptions): void {
 class Run {
   readonly completed: Operation[] = [];
   readonly failures = new Map<string, Error>();
+  /** What the stack's own outputs threw. */
+  readonly faults = new Map<string, Error>();
   remaining: number;
   readonly #plan: Plan;
   readonly #options: ApplyOptions;
@@ -189,19 +204,22 @@ class Run {
   /** Moves records, and brings the marks of unchanged ones up to date. */
   begin(): void {
     const { state, graph } = this.#options;
-    const writes: ResourceRecord[] = [];
+    const writes = new Map<string, ResourceRecord>();
     const removals: string[] = [];
     const renamed = new Map<string, string>();
     for (const change of this.#plan.changes) {
       if (change.movedFrom !== undefined) renamed.set(change.movedFrom, change.address);
     }
-    for (const [from, to] of renamed) {
-      const record = this.#records.get(from);
-      if (!record) continue;
-      this.#records.delete(from);
-      removals.push(from);
-      writes.push({ ...record, address: to });
-      this.#records.set(to, { ...record, address: to });
+    if (renamed.size > 0) {
+      const before = [...this.#records];
+      for (const [at] of before) if (renamed.has(at)) this.#records.delete(at);
+      for (const [at, record] of before) {
+        const next = renameIn(record, renamed);
+        if (next === record) continue;
+        if (renamed.has(at)) removals.push(at);
+        this.#records.set(key(next.address, next.deposed), next);
+        writes.set(key(next.address, next.deposed), next);
+      }
     }
     if (this.#plan.mode === "normal") {
       for (const change of this.#plan.changes) {
@@ -210,21 +228,28 @@ class Run {
         if (!record || !declaration || change.deposed !== "" || change.action === "create") continue;
         const next: ResourceRecord = {
           ...record,
-          dependencies: declaration.dependencies,
           protect: declaration.options.protect ?? false,
           retain: declaration.options.retain ?? false,
+          // What is not done yet still uses what it used: a run that is cut here must not forget that.
+          ...(change.action === "no-op" ? { dependencies: declaration.dependencies } : {}),
           ...(change.action === "no-op" && change.after ? { props: change.after } : {}),
+          ...(change.action === "no-op" && change.outputs ? { outputs: change.outputs } : {}),
+          // The reason to replace it may be gone in the next run.
+          ...(change.action === "replace" && record.status === "ok" &&
+              (change.reason === "replace_by_triggers" || change.reason === "replace_by_request")
+            ? { status: "tainted" as const }
+            : {}),
         };
         if (JSON.stringify(next) !== JSON.stringify(record)) {
-          writes.push(next);
+          writes.set(change.address, next);
           this.#records.set(change.address, next);
         }
       }
     }
-    if (writes.length === 0 && removals.length === 0) return;
+    if (writes.size === 0 && removals.length === 0) return;
     state.transaction((writer) => {
       for (const address of removals) writer.remove(address);
-      for (const record of writes) writer.put(record);
+      for (const record of writes.values()) writer.put(record);
     });
     this.#boundary("moved");
   }
@@ -242,6 +267,7 @@ class Run {
     waiting.forEach((count, index) => count === 0 && ready.push(index));
     let next = 0;
     let running = 0;
+    let failed = 0;
     return new Promise((resolve) => {
       const start = () => {
         while (next < ready.length && running < parallelism && !signal?.aborted) {
@@ -249,7 +275,8 @@ class Run {
           running++;
           this.#perform(operations[index]!).then((isDone) => {
             running--;
-            if (isDone) {
+            if (!isDone) failed++;
+            else {
               this.remaining--;
               for (const each of dependents[index]!) if (--waiting[each]! === 0) ready.push(each);
             }
@@ -257,7 +284,7 @@ class Run {
           });
         }
         if (running === 0) {
-          this.remaining -= this.failures.size;
+          this.remaining -= failed;
           resolve();
         }
       };
@@ -269,18 +296,25 @@ class Run {
   finish(): void {
     const { state, graph } = this.#options;
     if (this.#plan.mode === "refresh-only") return;
+    const former = state.outputs();
     const outputs = new Map<string, unknown>();
     if (this.#plan.mode === "normal") {
       const lookup = this.lookup();
       for (const [name, value] of graph.outputs) {
-        const known = resolve(value, lookup);
+        let known: unknown = UNKNOWN;
+        try {
+          known = resolve(value, lookup);
+        } catch (thrown) {
+          this.faults.set(name, asError(thrown));
+        }
         if (!hasUnknown(known)) outputs.set(name, known);
+        // What could not be made known keeps its last value.
+        else if (former.has(name)) outputs.set(name, former.get(name));
       }
-    }
-    if (
-      this.#plan.operations.length === 0 &&
-      JSON.stringify([...outputs]) === JSON.stringify([...state.outputs()])
-    ) return;
+    } else if (this.#records.size > 0) { for (const [name, value] of former) outputs.set(name, value); }
+    const isSame = outputs.size === former.size &&
+      [...outputs].every(([name, value]) => former.has(name) && equal(value, former.get(name)));
+    if (this.#plan.operations.length === 0 && isSame) return;
     try {
       state.transaction((writer) => {
         writer.outputs(outputs);
@@ -315,20 +349,22 @@ class Run {
   async #perform(operation: Operation): Promise<boolean> {
     const { address, type } = operation;
     const change = this.#plan.changes[operation.change]!;
-    const { onEvent } = this.#options;
+    const onEvent = (event: ApplyEvent) => this.#tell(event);
     const start = performance.now();
     const shared = { address, operation: type, kind: change.kind };
     const isShown = type !== "depose" && type !== "refresh";
-    if (isShown) onEvent?.({ type: "start", ...shared });
+    if (isShown) onEvent({ type: "start", ...shared });
     try {
       await this.#carryOut(operation, change);
       this.completed.push(operation);
       if (isShown) {
-        onEvent?.({ type: "complete", ...shared, id: operation.id, milliseconds: performance.now() - start });
+        onEvent({ type: "complete", ...shared, id: operation.id, milliseconds: performance.now() - start });
       }
       return true;
     } catch (thrown) {
       const error = asError(thrown);
+      const record = this.#records.get(key(address, operation.deposed));
+      error.message = scrub(error.message, change.before, change.after, record?.props, record?.outputs);
       this.failures.set(address, error);
       this.#verbs.set(address, type);
       try {
@@ -338,7 +374,7 @@ class Run {
       } catch {
         // The begin entry alone already tells the next run that this operation did not end.
       }
-      onEvent?.({ type: "error", ...shared, error, milliseconds: performance.now() - start });
+      onEvent({ type: "error", ...shared, error, milliseconds: performance.now() - start });
       return false;
     }
   }
@@ -410,7 +446,7 @@ class Run {
       status: type === "create" ? "creating" : "updating",
       props: record?.props ?? props,
       outputs: record?.outputs,
-      dependencies: declaration.dependencies,
+      dependencies: [...new Set([...declaration.dependencies, ...record?.dependencies ?? []])],
       protect: declaration.options.protect ?? false,
       retain: declaration.options.retain ?? false,
     };
@@ -429,7 +465,13 @@ class Run {
     );
     const outputs = await kind.ensure(request) as Json;
     this.#boundary(`ensured ${type} ${address}`);
-    const made: ResourceRecord = { ...pending, props, outputs, status: kind.ready ? "waiting" : "ok" };
+    const made: ResourceRecord = {
+      ...pending,
+      props,
+      outputs,
+      dependencies: declaration.dependencies,
+      status: kind.ready ? "waiting" : "ok",
+    };
     state.transaction((writer) => {
       writer.put(made);
       if (!kind.ready) writer.journal(this.#id, address, type, "end");
@@ -463,11 +505,25 @@ class Run {
     const props = change.action === "delete" ? change.before ?? record.props : record.props;
     await kind.remove(this.#request(record, props, props, this.#limit(address, "delete")));
     this.#boundary(`removed ${type} ${address}`);
+    // A replacement that is cut here goes on with the next generation, so that what refers to it is told.
+    const next = deposed === "" && change.action === "replace" && record.kind === change.kind
+      ? this.#plan.operations.find((each) => each.type === "create" && each.change === operation.change)
+      : undefined;
+    const successor: ResourceRecord | undefined = next && {
+      ...record,
+      id: next.id,
+      generation: next.generation,
+      status: "creating",
+      props: change.after && !hasUnknown(change.after) ? change.after : record.props,
+      outputs: undefined,
+    };
     this.#options.state.transaction((writer) => {
-      writer.remove(address, deposed);
+      if (successor) writer.put(successor);
+      else writer.remove(address, deposed);
       writer.journal(this.#id, address, type, "end");
     });
-    this.#records.delete(key(address, deposed));
+    if (successor) this.#records.set(address, successor);
+    else this.#records.delete(key(address, deposed));
     this.#boundary(`end ${type} ${address}`);
   }
 
@@ -501,8 +557,11 @@ class Run {
 
   #request(record: ResourceRecord, props: Json, before: Json | undefined, signal: AbortSignal): Request {
     const dependencies = new Map<string, Dependency>();
+    const generations = generationsIn(props);
     for (const address of record.dependencies) {
-      const target = this.#records.get(address);
+      // What is to be removed may use an object that was set aside meanwhile.
+      const target = this.#records.get(key(address, String(generations.get(address) ?? ""))) ??
+        this.#records.get(address);
       if (!target) continue;
       dependencies.set(address, {
         address,
@@ -521,7 +580,7 @@ class Run {
       before: before && reveal(before) as Json,
       dependencies,
       signal,
-      report: (text) => this.#options.onEvent?.({ type: "progress", address: record.address, text }),
+      report: (text) => this.#tell({ type: "progress", address: record.address, text }),
     };
   }
 
@@ -533,9 +592,42 @@ class Run {
       : AbortSignal.any([signal, AbortSignal.timeout(parseDuration(limit))]);
   }
 
+  /** A listener that throws must not stop what runs. */
+  #tell(event: ApplyEvent): void {
+    try {
+      this.#options.onEvent?.(event);
+    } catch {
+      // Nobody is left to hear of it.
+    }
+  }
+
   #boundary(name: string): void {
     this.#options.onBoundary?.(name);
   }
+}
+
+/** Generations of the resources that props refer to, by address. */
+function generationsIn(props: unknown, found: Map<string, number> = new Map()): Map<string, number> {
+  if (typeof props !== "object" || props === null) return found;
+  const { $resource, generation } = props as Partial<ResourceReference>;
+  if (typeof $resource === "string" && typeof generation === "number") found.set($resource, generation);
+  else for (const each of Object.values(props)) generationsIn(each, found);
+  return found;
+}
+
+/** Puts marks in place of secrets that a driver wrote into a message. */
+function scrub(message: string, ...values: unknown[]): string {
+  const texts = new Set<string>();
+  const collect = (value: unknown, isInside: boolean): void => {
+    if (typeof value === "object" && value !== null) {
+      for (const [name, each] of Object.entries(value)) collect(each, isInside || name === "$secret");
+    } else if (isInside && String(value).length >= 4) texts.add(String(value));
+  };
+  for (const value of values) collect(value, false);
+  return [...texts].sort((a, b) => b.length - a.length).reduce(
+    (whole, each) => whole.replaceAll(each, "(sensitive)"),
+    message,
+  );
 }
 
 function key(address: string, deposed: string): string {

@@ -8,6 +8,8 @@ import {
   type Declaration,
   type Diagnostic,
   type Graph,
+  isOutput,
+  isResource,
   isSecret,
   isUnknown,
   type Resource,
@@ -26,7 +28,18 @@ import {
 import { instanceOf, type Kinds, type Observations, requireKind } from "./observe.ts";
 import type { Action, ActionReason, Change, Drift, FieldChange } from "./plan.ts";
 import type { ResourceRecord } from "./state.ts";
-import { equal, flatten, type Lookup, overlay, pick, resolve, reveal, UNKNOWN, withField } from "./values.ts";
+import {
+  equal,
+  fieldPath,
+  flatten,
+  type Lookup,
+  overlay,
+  pick,
+  resolve,
+  reveal,
+  UNKNOWN,
+  withField,
+} from "./values.ts";
 
 /** What {@linkcode diff} needs. */
 export interface DiffInput {
@@ -34,8 +47,8 @@ export interface DiffInput {
   readonly graph: Graph;
   /** Current records by address, after moves. */
   readonly records: ReadonlyMap<string, ResourceRecord>;
-  /** Generations of addresses that have no current record and an old object set aside. */
-  readonly fresh: ReadonlyMap<string, number>;
+  /** The generation of the next object of an address. */
+  readonly next: (address: string) => number;
   /** What was seen; undefined where nobody looked. */
   readonly observations: Observations | undefined;
   /** The known kinds. */
@@ -137,7 +150,10 @@ export async function diff(input: DiffInput): Promise<DiffResult> {
   const { live, drift } = findDrift(records, input.observations);
   const declared = input.destroy ? [] : graph.resources;
   const changes: Change[] = [];
-  const generations = new Map(input.fresh);
+  const generations = new Map<string, number>();
+  for (const { address } of declared) {
+    if (!records.has(address)) generations.set(address, input.next(address));
+  }
   const known = new Map<string, { outputs: Json; isComplete: boolean }>();
   for (const [address, record] of records) {
     generations.set(address, record.generation);
@@ -151,7 +167,7 @@ export async function diff(input: DiffInput): Promise<DiffResult> {
     const draft = drafts.get(declaration.address)!;
     // What it refers to may have been replaced since the draft was made.
     if (declaration.dependencies.length > 0) {
-      draft.props = merge(draft.props, declaration, lookup, draft.base);
+      draft.props = merge(draft.props, declaration, lookup, draft.base, graph.stack);
     }
     const change = compareOne(input, declaration, draft.props, live, byAddress);
     byAddress.set(declaration.address, change);
@@ -159,8 +175,8 @@ export async function diff(input: DiffInput): Promise<DiffResult> {
     const kind = requireKind(kinds, declaration.kind.name, declaration.address);
     const prediction = kind.predict?.(draft) ?? {};
     const isNew = change.action === "create" || change.action === "replace";
-    if (change.action === "replace") {
-      generations.set(declaration.address, (records.get(declaration.address)?.generation ?? 0) + 1);
+    if (change.action === "replace" || change.reason === "missing") {
+      generations.set(declaration.address, input.next(declaration.address));
     }
     const recorded = live.get(declaration.address)?.outputs;
     known.set(declaration.address, {
@@ -178,7 +194,7 @@ export async function diff(input: DiffInput): Promise<DiffResult> {
       changes.push(
         deletion(
           record,
-          record.retain && !input.destroy ? "forget" : "delete",
+          record.retain ? "forget" : "delete",
           "delete_because_no_resource_config",
         ),
       );
@@ -188,7 +204,13 @@ export async function diff(input: DiffInput): Promise<DiffResult> {
   const outputs = new Map<string, unknown>();
   if (!input.destroy) {
     for (const [name, value] of graph.outputs) {
-      outputs.set(name, resolve(value, lookup));
+      try {
+        outputs.set(name, resolve(value, lookup));
+      } catch (thrown) {
+        throw new PlannerError(
+          `Cannot compute the output "${name}" as its function threw: ${asError(thrown).message}`,
+        );
+      }
     }
   }
   return {
@@ -286,9 +308,7 @@ export function resolveChecked(
 ): Json {
   try {
     const value = resolve(declaration.props, lookup);
-    return (declaration.dependencies.length === 0
-      ? value
-      : declaration.kind.schema.check(value, "", report)) as Json;
+    return (hasOutput(declaration.props) ? declaration.kind.schema.check(value, "", report) : value) as Json;
   } catch (thrown) {
     if (thrown instanceof PlannerError) throw thrown;
     report("", `Cannot compute a value from outputs as a function in it threw: ${asError(thrown).message}`);
@@ -296,9 +316,27 @@ export function resolveChecked(
   }
 }
 
+function hasOutput(value: unknown): boolean {
+  if (isOutput(value)) return true;
+  if (isResource(value) || typeof value !== "object" || value === null) return false;
+  return Object.values(value).some(hasOutput);
+}
+
 /** Resolves again and keeps what {@linkcode Kind.prepare} added. */
-function merge(prepared: Json, declaration: Declaration, lookup: Lookup, base: Json): Json {
-  let result: unknown = resolve(declaration.props, lookup);
+function merge(prepared: Json, declaration: Declaration, lookup: Lookup, base: Json, stack: string): Json {
+  const diagnostics: Diagnostic[] = [];
+  let result: unknown = resolveChecked(declaration, lookup, (field, reason, value) => {
+    const { address, site } = declaration;
+    diagnostics.push({
+      severity: "error",
+      address,
+      field,
+      reason,
+      site,
+      ...(value === undefined ? {} : { value }),
+    });
+  });
+  if (diagnostics.length > 0) throw new ValidationError(stack, diagnostics);
   for (const { field, before, after } of compare(base, prepared)) {
     if (!isUnknown(before) || !isUnknown(after)) result = withField(result, field, after);
   }
@@ -344,12 +382,36 @@ function compareOne(
       after: desired,
     };
   }
-  if (record.status === "creating") return create("resume_interrupted");
+  if (record.status === "creating") {
+    // What is half made may hold what cannot be changed any more.
+    const isOther = declaration.options.adopt !== true &&
+      compare(record.props, desired).some((each) =>
+        (kind.disruption?.(
+          { field: each.field, before: plain(each.before), after: plain(each.after) },
+          instanceOf(record, input.graph.stack),
+          desired,
+        ) ?? { class: "recreate" }).class === "recreate"
+      );
+    if (!isOther) return create("resume_interrupted");
+    return {
+      ...common,
+      action: "replace",
+      reason: "resume_interrupted",
+      disruption: "recreate",
+      fields: [],
+      before: record.props,
+      after: desired,
+    };
+  }
   if (!current) return create("missing");
 
   const after = ignore(declaration, current.props, desired);
   const instance = instanceOf(current, input.graph.stack);
-  const fields: FieldChange[] = compare(current.props, after).map((each) => {
+  const differences = compare(current.props, after).filter((each) =>
+    // A mark alone changes nothing in the world; the record takes it over.
+    each.before === undefined || each.after === undefined || !equal(reveal(each.before), reveal(each.after))
+  );
+  const fields: FieldChange[] = differences.map((each) => {
     const how: Disruption = kind.disruption?.(
       { field: each.field, before: plain(each.before), after: plain(each.after) },
       instance,
@@ -366,8 +428,9 @@ function compareOne(
   let reason: ActionReason | undefined = action === "replace" ? "replace_because_cannot_update" : undefined;
   if (input.replace.has(address)) [action, reason] = ["replace", "replace_by_request"];
   else if (triggered) [action, reason] = ["replace", "replace_by_triggers"];
-  else if (record.status === "deleting") [action, reason] = ["replace", "resume_interrupted"];
-  else if (action === "no-op" && record.status === "updating") {
+  else if (record.status === "deleting" || record.status === "tainted") {
+    [action, reason] = ["replace", "resume_interrupted"];
+  } else if (action === "no-op" && record.status === "updating") {
     [action, reason] = ["update", "resume_interrupted"];
   } else if (action === "no-op" && record.status === "waiting") {
     [action, reason] = ["update", "wait_until_ready"];
@@ -380,6 +443,7 @@ function compareOne(
     fields,
     before: current.props,
     after,
+    ...(equal(current.outputs, record.outputs) || !current.outputs ? {} : { outputs: current.outputs }),
   };
 }
 
@@ -393,8 +457,11 @@ function ignore(declaration: Declaration, live: Json, desired: Json): Json {
   if (!ignoreChanges) return desired;
   if (ignoreChanges === "all") return live;
   let result: unknown = desired;
-  for (const { field, before } of compare(live, desired)) {
-    if (ignoreChanges.some((path) => covers(path, field))) result = withField(result, field, before);
+  for (const path of ignoreChanges) {
+    const value = pick(live, fieldPath(path).map(String));
+    // A field that neither side has must not make the objects around it.
+    if (value === undefined && pick(desired, fieldPath(path).map(String)) === undefined) continue;
+    result = withField(result, path, value);
   }
   return result as Json;
 }

@@ -37,10 +37,15 @@ const REASONS: ReadonlySet<string> = new Set([
  * @returns The JSON value
  */
 export function jsonPlan(plan: Plan, records: readonly ResourceRecord[]): Json {
+  const hidden = secretTexts([plan.changes, plan.outputs]);
   return {
     format_version: JSON_FORMAT_VERSION,
     hypertopia: { stack: plan.stack, lineage: plan.lineage, serial: plan.serial, mode: plan.mode },
-    variables: Object.fromEntries(Object.entries(plan.variables).map(([name, value]) => [name, { value }])),
+    variables: Object.fromEntries(
+      Object.entries(plan.variables).map((
+        [name, value],
+      ) => [name, hidden.has(String(value)) ? {} : { value }]),
+    ),
     planned_values: {
       root_module: {
         resources: plan.changes.filter((each) => each.after !== undefined).map((each) => ({
@@ -138,6 +143,15 @@ function identity(address: string, kind: string): Json {
   const index = /\[(\d+)\]$/.exec(address);
   const name = index ? address.slice(0, index.index) : address;
   return { address, mode: "managed", type: kind, name, ...(index ? { index: Number(index[1]) } : {}) };
+}
+
+/** The clear texts of all secrets inside. */
+function secretTexts(value: unknown, found: Set<string> = new Set()): Set<string> {
+  if (isSecret(value)) found.add(String(value.$secret));
+  else if (typeof value === "object" && value !== null) {
+    for (const each of Object.values(value)) secretTexts(each, found);
+  }
+  return found;
 }
 
 /** Without unknowns and secrets: null stands in their place. */

@@ -134,7 +134,8 @@ export interface Kind<Props = Json, Outputs = Json> extends KindDefinition<Props
    */
   prepare?(drafts: readonly Draft<Props, Outputs>[]): void | Promise<void>;
   /**
-   * Foretells outputs before apply, as far as props decide them.
+   * Foretells outputs before apply, as far as props decide them. An output that is left out is taken to stay as it is
+   * when the object is updated; `{ $unknown: true }` says that it may change.
    *
    * @param draft The declared instance
    */
@@ -199,6 +200,10 @@ export interface KindOptions<P extends Shape, O extends Shape> {
   readonly observe: Kind<ObjectOf<P>, ObjectOf<O>>["observe"];
   /** See {@linkcode Kind.ensure}. */
   readonly ensure: Kind<ObjectOf<P>, ObjectOf<O>>["ensure"];
+  /** See {@linkcode Kind.predict}. */
+  readonly predict?: (
+    draft: Draft<ObjectOf<P>, ObjectOf<O>>,
+  ) => { readonly [K in keyof ObjectOf<O>]?: unknown };
   /** See {@linkcode Kind.ready}. */
   readonly ready?: Kind<ObjectOf<P>, ObjectOf<O>>["ready"];
   /** See {@linkcode Kind.remove}. */
@@ -254,13 +259,14 @@ export interface Declare<P extends Shape, O extends Shape> {
 export function kind<const P extends Shape, const O extends Shape = Record<never, never>>(
   options: KindOptions<P, O>,
 ): Declare<P, O> {
-  const { name, props, outputs, disruption = {}, observe, ensure, ready, remove } = options;
+  const { name, props, outputs, disruption = {}, observe, ensure, predict, ready, remove } = options;
   const definition: Kind<ObjectOf<P>, ObjectOf<O>> = {
     name,
     schema: object(props) as Schema<ObjectOf<P>>,
     disruption: ({ field }) => ({ class: longestPrefix(field, disruption) ?? "recreate" }),
     observe,
     ensure,
+    ...(predict ? { predict: predict as Kind<ObjectOf<P>, ObjectOf<O>>["predict"] & object } : {}),
     ...(ready ? { ready } : {}),
     remove,
   };

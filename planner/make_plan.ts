@@ -19,7 +19,7 @@ import { DISRUPTION_CLASSES, type DisruptionClass, type Instance, type Json } fr
 import { instanceOf, type Kinds, type Observations, observe } from "./observe.ts";
 import type { Change, Operation, OutputChange, Plan, PlanSummary } from "./plan.ts";
 import { objectId, type ResourceRecord, type State } from "./state.ts";
-import { canonical, equal, hasUnknown, resolve, reveal, UNKNOWN } from "./values.ts";
+import { canonical, equal, hasUnknown, resolve, reveal, transform, UNKNOWN } from "./values.ts";
 
 /** How to plan. */
 export interface PlanOptions {
@@ -60,20 +60,28 @@ export async function makePlan(options: PlanOptions): Promise<Plan> {
   const { records, moved } = move(graph, current);
   checkAddresses(options, records);
 
-  // An address whose old object is set aside goes on with the next generation.
-  const fresh = new Map<string, number>();
-  for (const { address, generation } of deposed) {
-    fresh.set(address, Math.max(fresh.get(address) ?? 0, generation + 1));
+  // The next object of an address follows those set aside, and never takes the identity of one that moved away.
+  const used = new Set(all.map((record) => record.id));
+  const past = new Map<string, number>();
+  for (const { address, generation } of [...deposed, ...records.values()]) {
+    past.set(address, Math.max(past.get(address) ?? 0, generation + 1));
   }
+  const next = (address: string): number => {
+    let generation = past.get(address) ?? 0;
+    while (used.has(objectId(state.lineage, address, generation))) generation++;
+    return generation;
+  };
 
   let observations: Observations | undefined;
   if (options.refresh !== false) {
     const instances: (readonly [string, Instance])[] = [];
-    for (const record of records.values()) instances.push([record.kind, instanceOf(record, graph.stack)]);
+    for (const record of mode === "refresh-only" ? current : records.values()) {
+      instances.push([record.kind, instanceOf(record, graph.stack)]);
+    }
     if (mode === "normal") {
       for (const declaration of graph.resources) {
         if (!records.has(declaration.address)) {
-          const id = objectId(state.lineage, declaration.address, fresh.get(declaration.address) ?? 0);
+          const id = objectId(state.lineage, declaration.address, next(declaration.address));
           const instance = unrecorded(declaration, graph.stack, id);
           if (instance) instances.push([declaration.kind.name, instance]);
         }
@@ -92,13 +100,13 @@ export async function makePlan(options: PlanOptions): Promise<Plan> {
     warnings: [],
   };
   if (mode === "refresh-only") {
-    return { ...base, ...refreshOnly(records, observations) };
+    return { ...base, ...refreshOnly(current, observations, options) };
   }
 
   const found = await diff({
     graph,
     records,
-    fresh,
+    next,
     observations,
     kinds: knownKinds(graph, kinds),
     replace: new Set(options.replace ?? []),
@@ -107,7 +115,10 @@ export async function makePlan(options: PlanOptions): Promise<Plan> {
   });
   const changes = select(found.changes, graph, records, options);
   refuse(changes, graph, records, observations, options.maxDisruption);
+  const isLimited = (options.targets?.length ?? 0) > 0 || (options.exclude?.length ?? 0) > 0;
+  const selected = new Set(changes.map((each) => each.address));
   for (const record of deposed) {
+    if (isLimited && !selected.has(record.address)) continue;
     changes.push({
       address: record.address,
       deposed: record.deposed,
@@ -121,7 +132,7 @@ export async function makePlan(options: PlanOptions): Promise<Plan> {
       affects: [],
     });
   }
-  const operations = order(changes, graph, records, deposed, fresh, knownKinds(graph, kinds), state.lineage);
+  const operations = order(changes, graph, records, deposed, next, knownKinds(graph, kinds), state.lineage);
   const outputs: Record<string, OutputChange> = {};
   if (!options.targets?.length && !options.exclude?.length) {
     const before = state.outputs();
@@ -207,28 +218,68 @@ function move(
   graph: Graph,
   current: readonly ResourceRecord[],
 ): { records: Map<string, ResourceRecord>; moved: Map<string, string> } {
-  const records = new Map(current.map((record) => [record.address, record]));
+  const recorded = new Set(current.map((record) => record.address));
+  const renamed = new Map<string, string>(); // new addresses by old ones
   const moved = new Map<string, string>();
-  for (const { address, options } of graph.resources) {
-    const from = options.movedFrom;
-    const record = from === undefined ? undefined : records.get(from);
-    if (!record || from === undefined || records.has(address) || graph.byAddress.has(from)) continue;
-    records.delete(from);
-    records.set(address, { ...record, address });
-    moved.set(address, from);
+  for (const { address, options: { movedFrom } } of graph.resources) {
+    if (movedFrom === undefined || !recorded.has(movedFrom)) continue;
+    if (renamed.has(movedFrom)) {
+      throw new PlannerError(
+        `Cannot move "${movedFrom}" to both "${
+          renamed.get(movedFrom)
+        }" and "${address}": take one movedFrom back`,
+      );
+    }
+    renamed.set(movedFrom, address);
+    moved.set(address, movedFrom);
   }
-  if (moved.size > 0) {
-    const renamed = new Map([...moved].map(([to, from]) => [from, to]));
-    for (const [address, record] of records) {
-      if (record.dependencies.some((each) => renamed.has(each))) {
-        records.set(address, {
-          ...record,
-          dependencies: record.dependencies.map((each) => renamed.get(each) ?? each),
-        });
-      }
+  // An address that is taken or still declared is free only where it moves on itself.
+  for (let isDone = false; !isDone;) {
+    isDone = true;
+    for (const [to, from] of moved) {
+      const isFree = !recorded.has(to) || renamed.has(to);
+      const isLeft = !graph.byAddress.has(from) || moved.has(from);
+      if (isFree && isLeft) continue;
+      moved.delete(to);
+      renamed.delete(from);
+      isDone = false;
     }
   }
+  for (const start of moved.keys()) {
+    let from = moved.get(start);
+    while (from !== undefined && from !== start) from = moved.get(from);
+    if (from === start) {
+      throw new PlannerError(
+        `Cannot move "${start}" as it and "${moved.get(start)}" are to take each other's place: use state mv`,
+      );
+    }
+  }
+  const records = new Map(current.map((record) => {
+    const next = renamed.size === 0 ? record : renameIn(record, renamed);
+    return [next.address, next];
+  }));
   return { records, moved };
+}
+
+/**
+ * Renames addresses in a record: its own, and those that it depends on and refers to.
+ *
+ * @param record The record
+ * @param renamed New addresses by old ones
+ * @returns The record itself where nothing in it is renamed
+ */
+export function renameIn(record: ResourceRecord, renamed: ReadonlyMap<string, string>): ResourceRecord {
+  const address = record.deposed === "" ? renamed.get(record.address) : undefined;
+  if (address === undefined && !record.dependencies.some((each) => renamed.has(each))) return record;
+  return {
+    ...record,
+    address: address ?? record.address,
+    dependencies: record.dependencies.map((each) => renamed.get(each) ?? each),
+    props: transform(record.props, (object) => {
+      const to = typeof object.$resource === "string" ? renamed.get(object.$resource) : undefined;
+      return to === undefined ? undefined : { value: { ...object, $resource: to } };
+    }) as Json,
+  };
 }
 
 function checkAddresses(options: PlanOptions, records: ReadonlyMap<string, ResourceRecord>): void {
@@ -271,9 +322,16 @@ function unrecorded(declaration: Declaration, stack: string, id: string): Instan
 }
 
 function refreshOnly(
-  records: ReadonlyMap<string, ResourceRecord>,
+  current: readonly ResourceRecord[],
   observations: Observations | undefined,
+  { targets = [], exclude = [] }: PlanOptions,
 ): Pick<Plan, "changes" | "drift" | "outputs" | "operations"> {
+  const records = new Map(
+    current.filter(({ address }) =>
+      (targets.length === 0 || targets.some((each) => isWithin(address, each))) &&
+      !exclude.some((each) => isWithin(address, each))
+    ).map((record) => [record.address, record]),
+  );
   const { drift, live } = findDrift(records, observations);
   const changes: Change[] = drift.map(({ address, kind, isGone, fields }) => ({
     address,
@@ -323,17 +381,34 @@ function select(
       selected.add(next);
       // A deletion takes its dependents along, anything else what it depends on.
       if (!deleted.has(next)) queue.push(...dependenciesOf(next));
-      else for (const each of deleted) if (records.get(each)?.dependencies.includes(next)) queue.push(each);
+      else {for (const { address } of changes) {
+          if (records.get(address)?.dependencies.includes(next)) queue.push(address);
+        }}
     }
   } else {
     for (const change of changes) selected.add(change.address);
   }
+  const leaving = new Set(
+    changes.filter((each) => each.action === "delete" || each.action === "forget").map((each) =>
+      each.address
+    ),
+  );
   const dropped = changes.map((each) => each.address).filter((each) =>
     exclude.some((path) => isWithin(each, path))
   );
   for (let next = dropped.pop(); next !== undefined; next = dropped.pop()) {
     if (!selected.delete(next)) continue;
-    for (const { address } of changes) if (dependenciesOf(address).includes(next)) dropped.push(address);
+    const isLeaving = leaving.has(next);
+    for (const { address } of changes) {
+      // What stays keeps what it depends on; what is not made is missing to its dependents.
+      if (
+        isLeaving
+          ? records.get(next)?.dependencies.includes(address) && leaving.has(address)
+          : dependenciesOf(address).includes(next)
+      ) {
+        dropped.push(address);
+      }
+    }
   }
   return changes.filter((each) => selected.has(each.address));
 }
@@ -353,7 +428,8 @@ function refuse(
     const isProtected = declaration
       ? declaration.options.protect === true
       : records.get(address)?.protect === true;
-    if (isProtected && (action === "delete" || action === "replace")) {
+    const isHalfMade = action === "replace" && records.get(address)?.status === "creating";
+    if (isProtected && !isHalfMade && (action === "delete" || action === "replace")) {
       const why = action === "replace" && fields.length > 0
         ? ` (${fields.map((each) => each.field).join(", ")} changes)`
         : "";
@@ -393,7 +469,7 @@ function order(
   graph: Graph,
   records: ReadonlyMap<string, ResourceRecord>,
   deposed: readonly ResourceRecord[],
-  fresh: ReadonlyMap<string, number>,
+  nextOf: (address: string) => number,
   kinds: Kinds,
   lineage: string,
 ): Operation[] {
@@ -417,7 +493,7 @@ function order(
     const { address, options } = declaration;
     if (byAddress.get(address)?.action !== "replace") continue;
     const kindRule = kinds.get(declaration.kind.name)?.replace === "create-first";
-    if (options.createBeforeDestroy ?? (kindRule || createFirst.has(address))) {
+    if (createFirst.has(address) || (options.createBeforeDestroy ?? kindRule)) {
       createFirst.add(address);
       for (const target of declaration.dependencies) createFirst.add(target);
     }
@@ -429,8 +505,10 @@ function order(
   changes.forEach((change, index) => {
     const { address, action } = change;
     const record = records.get(address);
-    const generation = record?.generation ?? fresh.get(address) ?? 0;
-    const id = record?.id ?? objectId(lineage, address, generation);
+    // What is gone comes back as another object, so that what refers to it is told.
+    const isSame = record !== undefined && change.reason !== "missing";
+    const generation = isSame ? record.generation : nextOf(address);
+    const id = isSame ? record.id : objectId(lineage, address, generation);
     if (change.deposed !== "") {
       const old = deposed.find((each) => each.address === address && each.deposed === change.deposed)!;
       late.set(`${address} ${change.deposed}`, add("delete", index, old.id, old.generation, change.deposed));
@@ -443,7 +521,7 @@ function order(
     } else if (action === "delete") {
       down.set(address, add("delete", index, id, generation));
     } else if (action === "replace") {
-      const next = generation + 1;
+      const next = nextOf(address);
       const nextId = objectId(lineage, address, next);
       if (createFirst.has(address) && record?.status !== "deleting") {
         const set = add("depose", index, id, generation);
@@ -469,23 +547,88 @@ function order(
       if (before !== undefined) operations[made]!.after.push(before);
     }
   }
-  // Removal runs against the direction of dependencies, once the users of the object have let go of it.
-  for (const [address, record] of records) {
-    for (const target of record.dependencies) {
-      const removal = down.get(target);
-      if (removal === undefined) continue;
-      const isReplaced = up.has(target);
-      const before = down.get(address) ?? (isReplaced ? undefined : up.get(address));
-      if (before !== undefined && before !== removal) operations[removal]!.after.push(before);
-    }
-  }
+  // Removal runs against the direction of dependencies, once the users of the object have let go of it. Where a user
+  // can let go only after this removal, it has to bear it: such an edge is soft.
+  const soft: (readonly [operation: number, before: number])[] = [];
+  const lateOf = new Map<string, number[]>();
   for (const [key, removal] of late) {
     const address = key.slice(0, key.lastIndexOf(" "));
-    for (const record of records.values()) {
-      if (!record.dependencies.includes(address)) continue;
-      const before = up.get(record.address) ?? down.get(record.address);
-      if (before !== undefined) operations[removal]!.after.push(before);
+    const list = lateOf.get(address);
+    if (list) list.push(removal);
+    else lateOf.set(address, [removal]);
+  }
+  const dependents = new Map<string, ResourceRecord[]>();
+  for (const record of [...records.values(), ...deposed]) {
+    for (const target of record.dependencies) {
+      const list = dependents.get(target);
+      if (list) list.push(record);
+      else dependents.set(target, [record]);
     }
   }
+  for (const [target, removal] of down) {
+    for (const { address, deposed: old } of dependents.get(target) ?? []) {
+      if (old === "") {
+        const first = down.get(address);
+        if (first !== undefined) soft.push([removal, first]);
+        else if (!up.has(target) && up.has(address)) soft.push([removal, up.get(address)!]);
+      }
+      for (const each of lateOf.get(address) ?? []) soft.push([removal, each]);
+    }
+  }
+  for (const [target, removals] of lateOf) {
+    for (const removal of removals) {
+      const own = up.get(target);
+      if (own !== undefined) operations[removal]!.after.push(own);
+      for (const { address } of dependents.get(target) ?? []) {
+        const before = up.get(address) ?? down.get(address);
+        if (before !== undefined) operations[removal]!.after.push(before);
+        for (const each of lateOf.get(address) ?? []) if (each !== removal) soft.push([removal, each]);
+      }
+    }
+  }
+  addWhereFree(operations, soft);
   return operations.map((each) => ({ ...each, after: [...new Set(each.after)] }));
+}
+
+/** Adds edges that give way where operations would otherwise wait for each other. */
+function addWhereFree(
+  operations: readonly { readonly after: number[] }[],
+  soft: readonly (readonly [operation: number, before: number])[],
+): void {
+  // First without an edge of the list, then in its order: each edge that closes a circle is left out.
+  const before: Set<number>[] = operations.map((each) => new Set(each.after));
+  const isSoft = (operation: number, each: number) =>
+    before[operation]!.has(each) && !operations[operation]!.after.includes(each);
+  for (const [operation, each] of soft) before[operation]!.add(each);
+  const state = new Uint8Array(operations.length);
+  for (let root = 0; root < operations.length; root++) {
+    if (state[root] !== 0) continue;
+    const path = [{ at: root, left: [...before[root]!] }];
+    state[root] = 1;
+    while (path.length > 0) {
+      const top = path[path.length - 1]!;
+      const next = top.left.pop();
+      if (next === undefined) {
+        state[top.at] = 2;
+        path.pop();
+      } else if (state[next] === 0) {
+        state[next] = 1;
+        path.push({ at: next, left: [...before[next]!] });
+      } else if (state[next] === 1) {
+        // A circle: the first soft edge on it goes.
+        const circle = [
+          ...path.slice(path.findIndex((each) => each.at === next)).map((each) => each.at),
+          next,
+        ];
+        const cut = circle.findIndex((each, index) =>
+          index + 1 < circle.length && isSoft(each, circle[index + 1]!)
+        );
+        if (cut < 0) continue;
+        before[circle[cut]!]!.delete(circle[cut + 1]!);
+        // Go back to where the edge went out, and look at the rest again later.
+        while (path[path.length - 1]!.at !== circle[cut]) state[path.pop()!.at] = 0;
+      }
+    }
+  }
+  operations.forEach((each, index) => each.after.splice(0, each.after.length, ...before[index]!));
 }

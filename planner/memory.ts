@@ -62,6 +62,9 @@ export function memoryKind(
     props,
     outputs,
     disruption: { value: "live", more: "live", size: "reboot" },
+    predict: ({ props: { value } }) => ({
+      upper: typeof value === "string" ? value.toUpperCase() : { $unknown: true },
+    }),
     observe(instances) {
       calls("observe");
       const found = new Map();

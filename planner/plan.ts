@@ -58,6 +58,8 @@ export interface Change {
   readonly before: Json | undefined;
   /** Props after. */
   readonly after: Json | undefined;
+  /** Live outputs, where they are not those on record. */
+  readonly outputs?: Json;
   /** Addresses of others whose use of this resource is cut meanwhile. */
   readonly affects: readonly string[];
 }

@@ -11,7 +11,7 @@ import { asError, PlannerError } from "./errors.ts";
 import { configurationDigest } from "./make_plan.ts";
 import type { Plan } from "./plan.ts";
 import type { SecretBox } from "./secrets.ts";
-import { canonical } from "./values.ts";
+import { canonical, reveal } from "./values.ts";
 
 /** Version of the file; another one is refused. */
 export const PLAN_FILE_VERSION = "1.0";
@@ -31,7 +31,11 @@ interface PlanFile {
  * @param secrets Encrypts
  */
 export function writePlanFile(path: string, plan: Plan, secrets: SecretBox): void {
-  const sealed = secrets.seal(plan) as Plan;
+  // A variable may be what a secret is made of: all are sealed.
+  const variables = Object.fromEntries(
+    Object.entries(plan.variables).map(([name, value]) => [name, { $secret: value }]),
+  );
+  const sealed = secrets.seal({ ...plan, variables }) as Plan;
   const file: PlanFile = {
     format: "hypertopia-plan",
     format_version: PLAN_FILE_VERSION,
@@ -84,6 +88,17 @@ export function readPlanFile(path: string): Plan {
 }
 
 /**
+ * Decrypts the variables of a saved plan, to evaluate the declarations with.
+ *
+ * @param plan The plan as read
+ * @param secrets Decrypts
+ * @returns The variables in clear
+ */
+export function planVariables(plan: Plan, secrets: SecretBox): Plan["variables"] {
+  return reveal(secrets.open(plan.variables)) as Plan["variables"];
+}
+
+/**
  * Refuses a plan whose declarations have changed since, and decrypts it.
  *
  * @param plan The plan as read
@@ -102,7 +117,7 @@ export function openPlan(plan: Plan, graph: Graph, secrets: SecretBox): Plan {
       `Cannot apply the plan for stack "${plan.stack}" as it is stale: the declarations were changed since: make a new plan`,
     );
   }
-  return secrets.open(plan) as Plan;
+  return { ...secrets.open(plan) as Plan, variables: planVariables(plan, secrets) };
 }
 
 function digest(plan: Plan): string {

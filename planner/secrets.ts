@@ -43,6 +43,11 @@ export class SecretBox {
    */
   seal(value: unknown): unknown {
     return transform(value, (object) => {
+      if ("$encrypted" in object) {
+        throw new PlannerError(
+          'Cannot store a value with the field "$encrypted" as that name is reserved: use another one',
+        );
+      }
       if (!isSecret(object)) return undefined;
       const iv = randomBytes(12);
       const cipher = createCipheriv("aes-256-gcm", this.#loadKey(true), iv);

@@ -5,7 +5,7 @@
  */
 
 import { createHash, randomUUID } from "node:crypto";
-import { existsSync, mkdirSync, renameSync, rmdirSync, rmSync } from "node:fs";
+import { existsSync, mkdirSync, renameSync, rmdirSync, rmSync, statSync } from "node:fs";
 import { hostname, userInfo } from "node:os";
 import { dirname, resolve } from "node:path";
 import process from "node:process";
@@ -17,7 +17,7 @@ import { identifyProcess, isRunning } from "./process.ts";
 import { SecretBox } from "./secrets.ts";
 
 /** How far an object is. Anything but `ok` is finished by the next apply. */
-export type RecordStatus = "creating" | "waiting" | "ok" | "updating" | "deleting";
+export type RecordStatus = "creating" | "waiting" | "ok" | "updating" | "tainted" | "deleting";
 
 /** One object on record. */
 export interface ResourceRecord {
@@ -121,6 +121,7 @@ export class State implements Disposable {
   /** Encrypts secrets. */
   readonly secrets: SecretBox;
   readonly #database: DatabaseSync | undefined;
+  readonly #file: number | undefined;
   #lockId: string | undefined;
   #renewal: ReturnType<typeof setInterval> | undefined;
 
@@ -135,6 +136,7 @@ export class State implements Disposable {
     this.isStored = database !== undefined;
     this.lineage = lineage;
     this.secrets = secrets;
+    this.#file = database && inodeOf(path);
   }
 
   /**
@@ -325,6 +327,11 @@ export class State implements Disposable {
         options.signal ? { signal: options.signal } : {},
       );
     }
+    if (this.#file !== undefined && inodeOf(this.path) !== this.#file) {
+      throw new PlannerError(
+        `Cannot use state "${this.path}" as it was deleted or replaced while waiting for its lock: run the command again`,
+      );
+    }
     this.#lockId = id;
     this.#renewal = setInterval(() => {
       try {
@@ -448,8 +455,10 @@ export class State implements Disposable {
         if (row) {
           const owner = { pid: Number(row.pid), started: Number(row.started), boot: String(row.boot) };
           const isHere = String(row.who).endsWith(`@${hostname()}`);
-          const isDead = isHere && !isRunning(owner);
-          if (!isDead && Number(row.expires) > Date.now()) {
+          // A process of this very boot is known to live or not; any other host's is judged by its lease.
+          const isOurs = isHere && owner.boot === self.boot && self.boot !== "";
+          const isHeld = isOurs ? isRunning(owner) : Number(row.expires) > Date.now();
+          if (isHeld) {
             database.exec("ROLLBACK");
             return row as unknown as LockInfo;
           }
@@ -583,6 +592,10 @@ export class StateWriter {
  */
 export function objectId(lineage: string, address: string, generation: number): string {
   return createHash("sha256").update(`${lineage}\n${address}\n${generation}`).digest("hex").slice(0, 16);
+}
+
+function inodeOf(path: string): number | undefined {
+  return statSync(path, { throwIfNoEntry: false })?.ino;
 }
 
 function userName(): string {

@@ -222,18 +222,14 @@ export function overlay(base: unknown, over: unknown): unknown {
  * @returns The copy
  */
 export function withField(value: unknown, field: string, leaf: unknown): unknown {
-  const keys = [...field.matchAll(/\["((?:[^"\\]|\\.)*)"\]|\[(\d+)\]|([^.[\]]+)/g)].map((match) =>
-    match[1] !== undefined
-      ? JSON.parse(`"${match[1]}"`) as string
-      : match[2] !== undefined
-      ? Number(match[2])
-      : match[3]!
-  );
+  const keys = fieldPath(field);
   const set = (target: unknown, [key, ...rest]: (string | number)[]): unknown => {
     if (key === undefined) return leaf;
     if (typeof key === "number") {
       const copy = Array.isArray(target) ? [...target] : [];
-      copy[key] = set(copy[key], rest);
+      const next = set(copy[key], rest);
+      if (next === undefined) copy.splice(key, 1);
+      else copy[key] = next;
       return copy;
     }
     const copy: Record<string, unknown> = isPlainObject(target) ? { ...target } : {};
@@ -243,6 +239,22 @@ export function withField(value: unknown, field: string, leaf: unknown): unknown
     return copy;
   };
   return set(value, keys);
+}
+
+/**
+ * Takes a field path apart.
+ *
+ * @param field Path of the field
+ * @returns Its keys; numbers are positions in lists
+ */
+export function fieldPath(field: string): (string | number)[] {
+  return [...field.matchAll(/\["((?:[^"\\]|\\.)*)"\]|\[(\d+)\]|([^.[\]]+)/g)].map((match) =>
+    match[1] !== undefined
+      ? JSON.parse(`"${match[1]}"`) as string
+      : match[2] !== undefined
+      ? Number(match[2])
+      : match[3]!
+  );
 }
 
 /**

@@ -263,29 +263,32 @@ async function runMmdebstrap(
   const modules = kernel.modules!;
   const release = basename(modules);
   const isRoot = Deno.uid() === 0;
-  // Hooks run as the root of the new system: without real root, that one may not write into our cache.
-  const made = isRoot ? image : "$1.ext4";
+  const tree = join(dirname(image), "tree");
   const sizeOption = `${Math.floor(bytes / 1024)}k`;
+  const makeFileSystem = ["-q", "-t", "ext4", "-L", "root", "-m", "0", "-E", "root_owner=0:0"];
   const hooks = [
     `mkdir -p "$1/lib/modules"`,
     `copy-in ${quote(modules)} /lib/modules`,
     `chroot "$1" depmod ${quote(release)}`,
-    `rm -f "$1/etc/hostname" "$1/etc/machine-id"; : >"$1/etc/machine-id"; rm -rf "$1"/var/cache/apt/archives/*.deb "$1"/var/lib/apt/lists/*_*`,
-    // A bind mount shows the tree without the /proc and /sys that hooks see in it.
-    `mkdir "$1.plain" && mount --bind "$1" "$1.plain"`,
-    `mke2fs -q -t ext4 -L root -m 0 -d "$1.plain" -E root_owner=0:0 ${
-      isRoot ? quote(made) : `"${made}"`
-    } ${sizeOption}`,
-    `umount "$1.plain" && rmdir "$1.plain"`,
-    ...(isRoot ? [] : [`mv "${made}" "$1/image.ext4"`, `download /image.ext4 ${quote(image)}`]),
+    `rm -f "$1/etc/hostname" "$1/etc/machine-id"; : >"$1/etc/machine-id"`,
+    `rm -rf "$1"/var/cache/apt/archives/*.deb "$1"/var/lib/apt/lists/*_*`,
+    // Files of another user's namespace cannot be read from outside of it: the disk is made inside, from a bind mount
+    // that shows the tree without its /proc and /sys, and comes out through a pipe.
+    ...(isRoot ? [] : [
+      `mkdir "$1.plain" && mount --bind "$1" "$1.plain"`,
+      `mke2fs ${makeFileSystem.join(" ")} -d "$1.plain" "$1.ext4" ${sizeOption}`,
+      `umount "$1.plain" && rmdir "$1.plain"`,
+      `mv "$1.ext4" "$1/image.ext4"`,
+      `download /image.ext4 ${quote(image)}`,
+    ]),
   ];
+  const env = { PATH: `${Deno.env.get("PATH") ?? ""}:/usr/sbin:/sbin` };
   await runTool(
     "mmdebstrap",
     [
       "--variant=minbase",
-      "--format=null",
-      `--mode=${isRoot ? "root" : "unshare"}`,
-      `--architectures=amd64`,
+      ...(isRoot ? ["--mode=root", "--format=directory"] : ["--mode=unshare", "--format=null"]),
+      "--architectures=amd64",
       `--include=${packages.join(",")}`,
       "--dpkgopt=path-exclude=/usr/share/man/*",
       "--dpkgopt=path-exclude=/usr/share/locale/*",
@@ -294,26 +297,28 @@ async function runMmdebstrap(
       ...(await aptAcquireOptions(context)).map((option) => `--aptopt=${option}`),
       ...hooks.map((hook) => `--customize-hook=${hook}`),
       recipe.suite as string,
-      "/dev/null",
+      isRoot ? tree : "/dev/null",
       apt.sourcesFile,
     ],
     context,
     {
       package: "mmdebstrap",
-      env: {
-        PATH: `${Deno.env.get("PATH") ?? ""}:/usr/sbin:/sbin`,
-        // What a killed build leaves is removed with the unfinished entry of the cache.
-        ...(isRoot ? { TMPDIR: dirname(image) } : {}),
-      },
+      env,
       onLine(line) {
         const next = /^I: ((downloading|extracting|installing) .*?)(\.\.\.)?$/.exec(line)?.[1];
         if (next !== undefined) context.report(`building the root file system: ${next}`);
-        else if (/mke2fs/.test(line)) context.report("building the root file system: making the disk");
       },
     },
   );
-  if (!isRoot) {
-    // The way out through a pipe has filled the holes of the file.
+  context.report("building the root file system: making the disk");
+  if (isRoot) {
+    await runTool("mke2fs", [...makeFileSystem, "-d", tree, image, sizeOption], context, {
+      package: "e2fsprogs",
+      env,
+    });
+    await Deno.remove(tree, { recursive: true });
+  } else {
+    // The way out through the pipe has filled the holes of the file.
     await runTool("cp", ["--sparse=always", image, `${image}.sparse`], context, { package: "coreutils" });
     await Deno.rename(`${image}.sparse`, image);
   }

@@ -12,6 +12,7 @@ const PACKAGES: readonly (readonly [name: string, program: string])[] = [
   ["qemu-system-x86", "qemu-system-x86_64"],
   ["mmdebstrap", "mmdebstrap"],
   ["e2fsprogs", "mke2fs"],
+  ["mount", "mount"],
 ];
 
 interface Count {
