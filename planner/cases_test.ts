@@ -6,9 +6,8 @@ import assert from "node:assert/strict";
 import {
   array,
   check,
-  number,
   optional,
-  record,
+  type record,
   resource,
   secret,
   size,
@@ -355,7 +354,7 @@ Deno.test("planner: begin() forgets old dependencies: after a kill, t is removed
     const u = b.thing({ value: "u" });
     return { u, r: b.thing({ value: u.id }) };
   });
-  await b.killed(d, Deno.env.get("BEFORE") ? "moved" : "begin update r", { parallelism: 1 });
+  await b.killed(d, "begin update r", { parallelism: 1 });
   const p = await b.plan(d);
   const del = p.operations.find((o) => o.type === "delete")!,
     upd = p.operations.findIndex((o) => o.type === "update");
@@ -390,7 +389,7 @@ Deno.test("planner: record cycle after a kill: destroy does nothing and succeeds
     const x = b.thing({ value: "a" });
     return { x, y: b.thing({ value: "b" }, { dependsOn: [x] }) };
   });
-  await b.killed(d, Deno.env.get("BEFORE") ? "moved" : "before begin create x", { parallelism: 1 });
+  await b.killed(d, "before begin create x", { parallelism: 1 });
   await b.apply(d, { mode: "destroy", refresh: false });
   assert.deepEqual(await b.records(), []);
 });
