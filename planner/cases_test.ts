@@ -674,7 +674,7 @@ Deno.test("planner: kill after move: dependents of the moved one lose the edge",
   const p = await b.plan(S(() => ({})));
   assert.equal(p.operations.find((o) => o.address === "z")!.after.length, 1);
 });
-Deno.test("planner: an inline disk in a prop of that name has an address of its own", async () => {
+Deno.test("planner: an inline disk in a prop of that name has an address of its own", () => {
   const dk = kind({
     name: "disk",
     props: { v: string() },
