@@ -237,3 +237,13 @@ realTest("the quickstart of the README works as it is written", QEMU, async () =
   await place.run(["plan", "--detailed-exitcode"]);
   await place.run(["destroy", "--yes"]);
 });
+
+realTest("the example of the README runs", QEMU, async () => {
+  await using place = new Place();
+  const [, code] = /```ts\n([^]*?)```/.exec(await Deno.readTextFile(`${ROOT}/README.md`)) ?? [];
+  await Deno.writeTextFile(`${place.folder}/infra.ts`, code!);
+  await place.run(["apply", "--yes"]);
+  const port = (await place.run(["output", "port"])).stdout.trim();
+  assert.equal(await (await fetch(`http://127.0.0.1:${port}/`)).text(), "hello\n");
+  await place.run(["destroy", "--yes"]);
+});
