@@ -8,7 +8,15 @@ import { checkImports } from "./imports.ts";
 import { deno, fail, say, testFiles } from "./task.ts";
 
 /** Everything that is published must be documented. */
-const ENTRY_POINTS = ["mod.ts", "dsl/mod.ts", "planner/mod.ts", "vmm/mod.ts", "stdlib/mod.ts", "cli/mod.ts"];
+const ENTRY_POINTS = [
+  "mod.ts",
+  "dsl/mod.ts",
+  "planner/mod.ts",
+  "vmm/mod.ts",
+  "stdlib/mod.ts",
+  "cli/mod.ts",
+  "ffi/mod.ts",
+];
 
 /** Runs all checks but the tests. */
 export async function checkAll(): Promise<void> {

@@ -1,0 +1,146 @@
+/**
+ * The C library, through FFI: only what the kernel's interfaces need. It is opened on first use.
+ *
+ * @module
+ */
+
+import { SysError } from "./errno.ts";
+
+/** Path or name of the C library; `HYPERTOPIA_LIBC` names another one. */
+function libraryName(): string {
+  return Deno.env.get("HYPERTOPIA_LIBC") ?? "libc.so.6";
+}
+
+/** Signatures (POSIX.1-2017 and glibc 2.36 headers). Variadic calls are given their fixed arguments, as x86-64 allows. */
+export const LIBC_SYMBOLS = {
+  /** `int *__errno_location(void)` */
+  __errno_location: { parameters: [], result: "pointer" },
+  /** `char *strerror(int errnum)` */
+  strerror: { parameters: ["i32"], result: "pointer" },
+  /** `int open(const char *path, int flags, mode_t mode)` */
+  open: { parameters: ["buffer", "i32", "u32"], result: "i32" },
+  /** `int close(int fd)` */
+  close: { parameters: ["i32"], result: "i32" },
+  /** `ssize_t read(int fd, void *buffer, size_t count)` */
+  read: { parameters: ["i32", "pointer", "usize"], result: "isize" },
+  /** `ssize_t write(int fd, const void *buffer, size_t count)` */
+  write: { parameters: ["i32", "pointer", "usize"], result: "isize" },
+  /** `int ioctl(int fd, unsigned long request, unsigned long argument)` */
+  ioctl: { parameters: ["i32", "u64", "u64"], result: "i32" },
+  /** `int ioctl(int fd, unsigned long request, void *argument)` */
+  ioctl_buffer: { name: "ioctl", parameters: ["i32", "u64", "buffer"], result: "i32" },
+  /** `void *mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)` */
+  mmap: { parameters: ["usize", "usize", "i32", "i32", "i32", "i64"], result: "pointer" },
+  /** `int munmap(void *address, size_t length)` */
+  munmap: { parameters: ["pointer", "usize"], result: "i32" },
+  /** `int mprotect(void *address, size_t length, int protection)` */
+  mprotect: { parameters: ["pointer", "usize", "i32"], result: "i32" },
+  /** `int memfd_create(const char *name, unsigned int flags)` */
+  memfd_create: { parameters: ["buffer", "u32"], result: "i32" },
+  /** `int ftruncate(int fd, off_t length)` */
+  ftruncate: { parameters: ["i32", "i64"], result: "i32" },
+  /** `int eventfd(unsigned int initial, int flags)` */
+  eventfd: { parameters: ["u32", "i32"], result: "i32" },
+  /** `int epoll_create1(int flags)` */
+  epoll_create1: { parameters: ["i32"], result: "i32" },
+  /** `int epoll_ctl(int epfd, int op, int fd, struct epoll_event *event)` */
+  epoll_ctl: { parameters: ["i32", "i32", "i32", "buffer"], result: "i32" },
+  /** `int epoll_wait(int epfd, struct epoll_event *events, int maxevents, int timeout)` */
+  epoll_wait: { parameters: ["i32", "pointer", "i32", "i32"], result: "i32" },
+  /** The same, on a thread of the blocking pool. Its error number is lost. */
+  epoll_wait_async: {
+    name: "epoll_wait",
+    parameters: ["i32", "pointer", "i32", "i32"],
+    result: "i32",
+    nonblocking: true,
+  },
+  /** `int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*start)(void *), void *arg)` */
+  pthread_create: { parameters: ["buffer", "pointer", "pointer", "pointer"], result: "i32" },
+  /** `int pthread_join(pthread_t thread, void **result)` */
+  pthread_join: { parameters: ["u64", "pointer"], result: "i32" },
+  /** `int sigaction(int signum, const struct sigaction *act, struct sigaction *oldact)` */
+  sigaction: { parameters: ["i32", "buffer", "pointer"], result: "i32" },
+  /** `long syscall(SYS_tgkill, pid_t tgid, pid_t tid, int signal)` */
+  tgkill: { name: "syscall", parameters: ["i64", "i32", "i32", "i32"], result: "i64" },
+  /** `long syscall(SYS_futex, uint32_t *address, int op, uint32_t value, const struct timespec *, uint32_t *, uint32_t)` */
+  futex: {
+    name: "syscall",
+    parameters: ["i64", "pointer", "i32", "u32", "pointer", "pointer", "u32"],
+    result: "i64",
+  },
+} as const satisfies Deno.ForeignLibraryInterface;
+
+/** The functions of the C library. */
+export type Libc = Deno.DynamicLibrary<typeof LIBC_SYMBOLS>["symbols"];
+
+let library: Libc | undefined;
+let errnoView: Int32Array | undefined;
+
+/**
+ * Opens the C library, once.
+ *
+ * @returns Its functions
+ */
+export function libc(): Libc {
+  if (library) return library;
+  const name = libraryName();
+  try {
+    library = Deno.dlopen(name, LIBC_SYMBOLS).symbols;
+  } catch (cause) {
+    throw new Error(
+      `Cannot open the C library "${name}" as ${cause instanceof Error ? cause.message : cause}: ` +
+        `run Deno with --allow-ffi on Linux with glibc, or name the library in HYPERTOPIA_LIBC`,
+      { cause },
+    );
+  }
+  return library;
+}
+
+/**
+ * Reads the error number of the last failed call of this thread. Calls that are not blocking have none here.
+ *
+ * @returns The error number
+ */
+export function errno(): number {
+  errnoView ??= new Int32Array(Deno.UnsafePointerView.getArrayBuffer(libc().__errno_location()!, 4));
+  return errnoView[0]!;
+}
+
+/**
+ * Throws if a call failed.
+ *
+ * @param result What the call returned
+ * @param call The call, such as `ioctl(KVM_RUN)`
+ * @returns The result as a number
+ * @throws {SysError} If the result is negative
+ */
+export function check(result: number | bigint, call: string): number {
+  const value = Number(result);
+  if (value >= 0) return value;
+  throw sysError(call, errno());
+}
+
+/**
+ * Makes the error of a failed call.
+ *
+ * @param call The call
+ * @param number The error number
+ * @returns The error
+ */
+export function sysError(call: string, number: number): SysError {
+  const text = libc().strerror(number);
+  return new SysError(call, number, text === null ? "" : Deno.UnsafePointerView.getCString(text));
+}
+
+/**
+ * Writes a text as C wants it.
+ *
+ * @param text The text, without NUL characters
+ * @returns UTF-8 with a NUL at its end
+ */
+export function cString(text: string): Uint8Array<ArrayBuffer> {
+  if (text.includes("\0")) {
+    throw new TypeError(`Cannot pass "${text}" to the C library as it has a NUL character`);
+  }
+  return new TextEncoder().encode(`${text}\0`);
+}
