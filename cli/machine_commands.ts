@@ -113,7 +113,13 @@ async function writeAll(
   stream: { write(data: Uint8Array): Promise<number> },
   chunk: Uint8Array,
 ): Promise<void> {
-  for (let offset = 0; offset < chunk.length;) offset += await stream.write(chunk.subarray(offset));
+  try {
+    for (let offset = 0; offset < chunk.length;) offset += await stream.write(chunk.subarray(offset));
+  } catch (error) {
+    // The reader left, as `head` does: the shell's status for that.
+    if (error instanceof Deno.errors.BrokenPipe) Deno.exit(141);
+    throw error;
+  }
 }
 
 /** Ctrl-], as telnet and virsh have it. */
@@ -237,14 +243,16 @@ async function copy(
   const path = isFolder || to.endsWith("/")
     ? `${to.replace(/\/$/, "")}/${source!.path.split("/").pop()}`
     : to;
-  const part = `${path}.part`;
+  const part = `${path}.${crypto.randomUUID().slice(0, 8)}.part`;
   try {
     const { status } = await machine.guest.output(["test", "-d", source!.path], { signal });
     if (status === 0) {
       await machine.guest.getDirectory(source!.path, to, { signal });
       return 0;
     }
-    const file = await Deno.open(part, { write: true, create: true, truncate: true });
+    const { stdout } = await machine.guest.output(["stat", "-L", "-c", "%a", source!.path], { signal });
+    const mode = /^[0-7]{3,4}$/.test(stdout.trim()) ? parseInt(stdout.trim(), 8) & 0o777 : 0o600;
+    const file = await Deno.open(part, { write: true, createNew: true, mode });
     await machine.guest.readFileStream(source!.path, { signal }).pipeTo(file.writable);
     await Deno.rename(part, path);
   } catch (error) {

@@ -212,7 +212,7 @@ export function parseInvocation(args: readonly string[]): Invocation {
   const [command, ...words] = parsed.positionals;
   const flags = parsed.values as Invocation["flags"];
   if (command === undefined) return { command, words, rest, flags };
-  const known = COMMANDS[command];
+  const known = Object.hasOwn(COMMANDS, command) ? COMMANDS[command] : undefined;
   if (!known) {
     throw new UsageError(`Unknown command "${command}": commands are ${Object.keys(COMMANDS).join(", ")}`);
   }

@@ -82,7 +82,8 @@ export interface RunContext {
  * @returns The exit status
  */
 export async function run(args: readonly string[], context: RunContext): Promise<number> {
-  const isJson = args.some((word) => /^--?json$/.test(word));
+  const end = args.indexOf("--");
+  const isJson = (end < 0 ? args : args.slice(0, end)).some((word) => /^--?json$/.test(word));
   try {
     const invocation = parseInvocation(args);
     if (invocation.flags.version) {
@@ -421,6 +422,7 @@ class Session {
     if (answer === undefined) {
       throw new UsageError("Cannot ask for approval as standard input is not a terminal: add --auto-approve");
     }
+    this.#context.signal.throwIfAborted();
     if (answer === "yes") return true;
     this.#io.out("Nothing was changed.\n");
     return false;
@@ -538,7 +540,33 @@ class Session {
   }
 
   #validate(): number {
-    const graph = this.#evaluate();
+    let graph: Graph;
+    try {
+      graph = this.#evaluate();
+    } catch (error) {
+      if (!(error instanceof ValidationError) || !this.#invocation.flags.json) throw error;
+      const diagnostics = error.diagnostics.map((each) => ({
+        severity: each.severity,
+        summary: each.reason,
+        address: each.address,
+        detail: formatDiagnostic(each),
+        ...(each.site
+          ? { range: { filename: each.site.file, start: { line: each.site.line, column: each.site.column } } }
+          : {}),
+      }));
+      this.#io.out(
+        `${
+          JSON.stringify({
+            format_version: "1.0",
+            valid: false,
+            error_count: diagnostics.length,
+            warning_count: 0,
+            diagnostics,
+          })
+        }\n`,
+      );
+      return 1;
+    }
     if (this.#invocation.flags.json) {
       this.#io.out(
         `${

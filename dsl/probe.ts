@@ -25,6 +25,8 @@ export interface Probe {
   readonly status?: number;
   /** Regular expression that a console line must match. */
   readonly pattern?: string;
+  /** Flags of that expression. */
+  readonly flags?: string;
   /** Command whose exit status must be zero. */
   readonly command?: readonly string[];
   /** Limit. */
@@ -38,6 +40,9 @@ export const probeSchema: Schema<Probe> = object({
   path: optional(string({ pattern: /^\//, description: 'a path that begins with "/"' })),
   status: optional(number({ min: 100, max: 599, integer: true })),
   pattern: optional(string()),
+  flags: optional(
+    string({ pattern: /^[dimsuv]*$/, description: "flags of a regular expression, without g and y" }),
+  ),
   command: optional(array(string())),
   timeout: optional(duration(), "5m"),
 }) as Schema<Probe>;
@@ -79,7 +84,8 @@ export function console(pattern: string | RegExp, options: ProbeOptions = {}): P
   const source = typeof pattern === "string"
     ? pattern.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")
     : pattern.source;
-  return { type: "console", pattern: source, ...options };
+  const flags = typeof pattern === "string" ? "" : pattern.flags.replaceAll(/[gy]/g, "");
+  return { type: "console", pattern: source, ...(flags === "" ? {} : { flags }), ...options };
 }
 
 /**

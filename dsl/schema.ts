@@ -226,6 +226,8 @@ export interface SizeOptions {
   readonly min?: Size;
   /** Largest size. */
   readonly max?: Size;
+  /** What it must be a multiple of. */
+  readonly multiple?: Size;
 }
 
 /**
@@ -242,6 +244,9 @@ export function size(options: SizeOptions = {}): Schema<Size> {
     }
     if (options.max && bytes > parseSize(options.max)) {
       throw new RangeError(`Size must be at most ${options.max}`);
+    }
+    if (options.multiple && bytes % parseSize(options.multiple) !== 0) {
+      throw new RangeError(`Size must be a multiple of ${options.multiple}`);
     }
     return formatSize(bytes);
   });

@@ -52,7 +52,7 @@ export interface VmProps<N extends Readonly<Record<string, Nic>> = Readonly<Reco
   readonly cpus?: Input<number>;
   /** Memory of the guest. */
   readonly memory: Input<Size>;
-  /** How far memory can grow without a reboot; twice `memory` unless told. */
+  /** How far memory can grow without a reboot, at most four times `memory`; twice `memory` unless told. */
   readonly maxMemory?: Input<Size>;
   /** Where root file system and kernel come from. */
   readonly image: ImageSource;
@@ -129,16 +129,16 @@ export const vmDefinition: KindDefinition<VmProps> = {
   name: "vm",
   schema: object({
     cpus: optional(number({ min: 1, max: MAX_CPUS, integer: true }), 1),
-    memory: size({ min: "16MiB" }),
-    maxMemory: optional(size({ min: "16MiB" })),
+    memory: size({ min: "16MiB", multiple: "1MiB" }),
+    maxMemory: optional(size({ min: "16MiB", multiple: "1MiB" })),
     image: choice("image", "debian()"),
     kernel: optional(choice("kernel", "hostKernel()")),
     cmdline: optional(string({ pattern: /^[^\n\0]*$/, description: "one line" })),
-    rootSize: optional(size({ min: "16MiB" })),
+    rootSize: optional(size({ min: "16MiB", multiple: "1MiB" })),
     disks: optional(
       record(attachmentSchema, {
-        key: /^[a-z][\w-]*$/i,
-        keyDescription: "a letter, then letters, digits, _ or -",
+        key: /^(?!root$)[a-z][\w-]{0,25}$/i,
+        keyDescription: 'a letter, then at most 25 letters, digits, _ or -, and not "root"',
       }),
     ),
     nics: optional(record(nicSchema, {

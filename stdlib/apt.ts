@@ -171,6 +171,7 @@ export class Apt {
    * @param folder Folder to unpack into
    */
   async unpack(name: string, folder: string): Promise<void> {
+    using _lock = await lockFile(join(this.#folder, "locks", name), { signal: this.#context.signal });
     const file = await this.download(name);
     this.#context.report(`unpacking ${name}`);
     await runTool("dpkg-deb", ["--extract", file, folder], this.#context, { package: "dpkg" });

@@ -31,7 +31,8 @@ export interface DirectoryOptions {
 }
 
 /**
- * Makes a root disk of a directory. The directory itself is only read; it is read again whenever a file in it changes.
+ * Makes a root disk of a directory. The directory itself is only read. When a file in it has changed,
+ * the next plan recreates the machine.
  *
  * @param path Path of the directory
  * @param options Init and capacity
@@ -56,6 +57,8 @@ export function directory(path: string, options: DirectoryOptions = {}): ImageSo
 /** Builds {@linkcode directory}. */
 export const directoryBuilder: ImageBuilder = {
   type: "directory",
+  fingerprint: async (recipe, context) =>
+    (await digestTree(recipe.path as string, context)).digest.slice(0, 16),
   async build(recipe, context): Promise<BuiltImage> {
     const folder = recipe.path as string;
     const init = recipe.init as string;
@@ -83,6 +86,8 @@ export const directoryBuilder: ImageBuilder = {
           "root",
           "-m",
           "0",
+          "-N",
+          String(tree.entries + 4096),
           "-d",
           folder,
           join(part, "root.ext4"),
@@ -106,9 +111,13 @@ export const directoryBuilder: ImageBuilder = {
 };
 
 /** Digests names, kinds, rights and times of everything below a directory; content is covered by size and time. */
-async function digestTree(root: string, context: BuildContext): Promise<{ digest: string; bytes: number }> {
+async function digestTree(
+  root: string,
+  context: BuildContext,
+): Promise<{ digest: string; bytes: number; entries: number }> {
   const hash = createHash("sha256");
   let bytes = 0;
+  let count = 0;
   const walk = async (folder: string): Promise<void> => {
     context.signal.throwIfAborted();
     const entries = [];
@@ -120,6 +129,7 @@ async function digestTree(root: string, context: BuildContext): Promise<{ digest
       const target = entry.isSymlink ? await Deno.readLink(path) : "";
       hash.update(`${relative(root, path)}\0${info.mode}\0${info.uid}\0${info.gid}\0${target}\0`);
       if (entry.isFile) hash.update(`${info.size}\0${info.mtime?.getTime()}\0`);
+      count++;
       bytes += 4096 + (entry.isFile ? info.size : 0);
       if (entry.isDirectory) await walk(path);
     }
@@ -133,5 +143,5 @@ async function digestTree(root: string, context: BuildContext): Promise<{ digest
       { cause },
     );
   }
-  return { digest: hash.digest("hex"), bytes };
+  return { digest: hash.digest("hex"), bytes, entries: count };
 }

@@ -77,6 +77,7 @@ interface Source {
 /** Builds {@linkcode image}. */
 export const imageBuilder: ImageBuilder = {
   type: "image",
+  isForeign: true,
   async build(recipe, context): Promise<BuiltImage> {
     const { disk, kernel, initramfs } = recipe as Record<string, Source | undefined>;
     if (!disk && !kernel) {

@@ -101,6 +101,8 @@ export interface MachineSpec {
   readonly nics: readonly MachineNic[];
   /** Whether the guest has our agent. */
   readonly hasAgent: boolean;
+  /** Digest of what the guest reads at boot only: another one takes a restart. */
+  readonly bootKey: string;
   /** Options of the engine. */
   readonly engine: Readonly<Record<string, unknown>>;
 }
@@ -128,6 +130,9 @@ export interface MachineStatus {
   /** Why it crashed, where it did. */
   readonly detail?: string;
 }
+
+/** How many times its memory a machine's maximum may be: a guest keeps some memory for all that it could have. */
+export const BALLOON_RATIO = 4;
 
 /** What long operations take. */
 export interface OperationOptions {
@@ -170,11 +175,12 @@ export interface Machine {
    * Makes a running machine be as a spec says: live where that is possible, by a restart otherwise.
    *
    * @param spec What it should be made of
-   * @param options Signal and progress, and whether a restart is wanted in any case
+   * @param options Signal and progress, and how long a shutdown may take, in milliseconds, where it takes a
+   * restart
    */
   update(
     spec: MachineSpec,
-    options?: OperationOptions & { readonly restart?: boolean },
+    options?: OperationOptions & { readonly shutdownTimeout?: number },
   ): Promise<UpdateResult>;
   /**
    * Shuts it down in an orderly way, and powers it off if it takes longer than allowed.

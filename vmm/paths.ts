@@ -4,7 +4,7 @@
  * @module
  */
 
-import { join } from "node:path";
+import { join, resolve } from "node:path";
 
 /** Folders of this host. */
 export interface Paths {
@@ -20,12 +20,17 @@ export interface Paths {
  * @returns The folders
  */
 export function hostPaths(): Paths {
-  const home = Deno.env.get("HOME") ?? "/root";
+  // An empty variable counts as none, as the XDG base directories want it.
+  const home = Deno.env.get("HOME") || "/root";
   return {
-    data: Deno.env.get("HYPERTOPIA_HOME") ??
-      join(Deno.env.get("XDG_DATA_HOME") ?? join(home, ".local/share"), "hypertopia"),
-    cache: Deno.env.get("HYPERTOPIA_CACHE") ??
-      join(Deno.env.get("XDG_CACHE_HOME") ?? join(home, ".cache"), "hypertopia"),
+    data: resolve(
+      Deno.env.get("HYPERTOPIA_HOME") ||
+        join(Deno.env.get("XDG_DATA_HOME") || join(home, ".local/share"), "hypertopia"),
+    ),
+    cache: resolve(
+      Deno.env.get("HYPERTOPIA_CACHE") ||
+        join(Deno.env.get("XDG_CACHE_HOME") || join(home, ".cache"), "hypertopia"),
+    ),
   };
 }
 

@@ -4,6 +4,7 @@
  * @module
  */
 
+import { request } from "node:http";
 import { parseDuration, type Probe } from "../dsl/mod.ts";
 import type { Machine, MachineSpec, OperationOptions } from "./engine.ts";
 import { MachineError } from "./errors.ts";
@@ -42,6 +43,16 @@ async function waitForProbe(
 ): Promise<void> {
   const limit = probe.timeout ?? "5m";
   const deadline = Date.now() + parseDuration(limit);
+  if (
+    !spec.hasAgent && probe.type !== "console" && !(probe.port !== undefined && findForward(spec, probe.port))
+  ) {
+    throw new MachineError(
+      `it cannot be probed for ${
+        describe(probe)
+      }: its image has no agent of ours and no NIC forwards that port: ` +
+        `add a forward, or use a console probe`,
+    );
+  }
   let last = "it was not tried";
   options.report?.(`waiting for ${describe(probe)}`);
   for (let round = 0;; round++) {
@@ -132,7 +143,7 @@ async function tryProbe(
     }
     case "console": {
       const text = await Deno.readTextFile(machine.consoleLog).catch(() => "");
-      const pattern = new RegExp(probe.pattern ?? "", "m");
+      const pattern = new RegExp(probe.pattern ?? "", probe.flags);
       return text.split(/\r?\n/).some((line) => pattern.test(line)) ? undefined : "no line matches";
     }
     case "tcp": {
@@ -147,22 +158,32 @@ async function tryProbe(
     case "http": {
       const forward = findForward(spec, probe.port!);
       if (!forward) {
-        if (!spec.hasAgent) return "no NIC forwards this port: add a forward for it";
         const url = `http://127.0.0.1:${probe.port}${probe.path ?? "/"}`;
-        const { status } = await machine.guest.output(["wget", "-q", "-O", "/dev/null", url], { signal });
-        return status === 0 ? undefined : `wget in the guest ends with status ${status}`;
+        const { stderr } = await machine.guest.output(["wget", "-S", "-O", "/dev/null", url], { signal });
+        const found = [...stderr.matchAll(/HTTP\/[\d.]+ (\d{3})/g)].at(-1)?.[1];
+        if (found === undefined) return `wget in the guest says: ${stderr.trim().split("\n").at(-1)}`;
+        return judge(Number(found), probe);
       }
-      const response = await fetch(`http://${forward.address}:${forward.host}${probe.path ?? "/"}`, {
-        signal,
-        redirect: "manual",
-      });
-      await response.body?.cancel();
-      const wanted = probe.status ?? 200;
-      return response.status === wanted
-        ? undefined
-        : `its status is ${response.status} and ${wanted} is wanted`;
+      return judge(await requestStatus(forward.address, forward.host, probe.path ?? "/", signal), probe);
     }
   }
+}
+
+function judge(status: number, probe: Probe): string | undefined {
+  const wanted = probe.status ?? 200;
+  return status === wanted ? undefined : `its status is ${status} and ${wanted} is wanted`;
+}
+
+/** Asks for a page without any proxy that the environment names: the guest is on this host. */
+function requestStatus(hostname: string, port: number, path: string, signal: AbortSignal): Promise<number> {
+  return new Promise((resolve, reject) => {
+    const call = request({ hostname, port, path, signal, agent: false }, (response) => {
+      response.resume();
+      resolve(response.statusCode ?? 0);
+    });
+    call.on("error", reject);
+    call.end();
+  });
 }
 
 function findForward(spec: MachineSpec, port: number): { address: string; host: number } | undefined {

@@ -62,6 +62,16 @@ export interface BuiltImage {
 export interface ImageBuilder {
   /** The type, as in the recipe. */
   readonly type: string;
+  /** Whether its guests have no agent of ours. */
+  readonly isForeign?: boolean;
+  /**
+   * Tells cheaply what the image would be made of now, for sources that change by themselves. Another answer recreates
+   * the machine.
+   *
+   * @param recipe What to build
+   * @param context Cache, signal and progress
+   */
+  fingerprint?(recipe: Chosen, context: BuildContext): Promise<string>;
   /**
    * Builds an image, or finds it in the cache.
    *

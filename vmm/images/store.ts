@@ -63,7 +63,7 @@ export async function storeEntry(
   const made = await readEntry(folder);
   if (made) return made;
   // Left behind by a build that was killed.
-  await Deno.mkdir(dirname(folder), { recursive: true });
+  await Deno.mkdir(dirname(folder), { recursive: true, mode: 0o700 });
   for await (const each of Deno.readDir(dirname(folder))) {
     if (each.name.startsWith(`${basename(folder)}.part`)) {
       await removeIfThere(join(dirname(folder), each.name));
@@ -72,7 +72,7 @@ export async function storeEntry(
   await removeIfThere(folder);
   const part = `${folder}.part`;
   try {
-    await Deno.mkdir(part, { recursive: true });
+    await Deno.mkdir(part, { recursive: true, mode: 0o700 });
     const about = await build(part);
     context.signal.throwIfAborted();
     const files: Record<string, Manifest["files"][string]> = {};

@@ -36,7 +36,10 @@ export function diskKind(paths: Paths): Kind<DiskProps, DiskOutputs> {
   return {
     ...diskDefinition,
     replace: "create-first",
-    disruption({ field, before, after }) {
+    disruption({ field, before, after }, recorded) {
+      if (field === "size" && formatOf(recorded.props) === "qcow2") {
+        return { class: "recreate", mechanism: "a qcow2 disk keeps its size: the format raw can grow" };
+      }
       if (field === "size" && typeof before === "string" && typeof after === "string") {
         return parseSize(after) > parseSize(before)
           ? { class: "live", mechanism: "grow" }

@@ -11,6 +11,7 @@ import {
   type DiskProps,
   formatIpv4,
   formatSize,
+  isSecret,
   isUnknown,
   joinField,
   type NetworkProps,
@@ -33,14 +34,15 @@ import {
   type Kind,
   type Request,
 } from "../../planner/mod.ts";
-import type {
-  Engine,
-  Machine,
-  MachineDisk,
-  MachineForward,
-  MachineNic,
-  MachineSpec,
-  OperationOptions,
+import {
+  BALLOON_RATIO,
+  type Engine,
+  type Machine,
+  type MachineDisk,
+  type MachineForward,
+  type MachineNic,
+  type MachineSpec,
+  type OperationOptions,
 } from "../engine.ts";
 import { MachineError, writeError } from "../errors.ts";
 import { exists, removeIfThere, writeWhole } from "../files.ts";
@@ -49,6 +51,7 @@ import type { BuildContext, BuiltImage, ImageBuilder, KernelBuilder } from "../i
 import { cpioArchive } from "../images/cpio.ts";
 import { buildInitramfs } from "../images/initramfs.ts";
 import { emptyQcow2 } from "../images/qcow2.ts";
+import { runTool, storeKey } from "../images/store.ts";
 import { machineFolder, type Paths } from "../paths.ts";
 import { waitUntilReady } from "../readiness.ts";
 import { diskSerial } from "./disk_kind.ts";
@@ -170,7 +173,7 @@ export function vmKind(options: VmKindOptions): Kind<VmNormalProps, VmOutputs> {
     schema: vmDefinition.schema as unknown as Kind<VmNormalProps, VmOutputs>["schema"],
     replace: "delete-first",
     disruption,
-    prepare,
+    prepare: (drafts) => driver.prepare(drafts),
     predict,
     observe: (instances) => driver.observe(instances),
     preflight: (instances, signal) => driver.preflight(instances, signal),
@@ -187,13 +190,14 @@ function disruption(
 ): Disruption {
   const isStopped = recorded.props.power !== "running" && recorded.props.power !== "paused";
   if (field === "memory" && typeof after === "string") {
-    if (parseSize(after) <= parseSize(recorded.props.maxMemory)) {
-      return { class: "live", mechanism: "balloon" };
+    const limit = recorded.outputs?.maxMemory ?? recorded.props.maxMemory;
+    if (parseSize(after) > parseSize(limit)) {
+      return { class: "reboot", mechanism: `restart: it can grow to ${limit}` };
     }
-    return {
-      class: "reboot",
-      mechanism: `restart: maxMemory is ${recorded.props.maxMemory}`,
-    };
+    if (parseSize(after) * BALLOON_RATIO < parseSize(limit)) {
+      return { class: "reboot", mechanism: `restart: it can shrink to a quarter of ${limit}` };
+    }
+    return { class: "live", mechanism: "balloon" };
   }
   if (field === "power") {
     if (after === "stopped") return { class: "reboot", mechanism: "shut down" };
@@ -201,6 +205,7 @@ function disruption(
     return { class: "none", mechanism: before === "crashed" ? "power off and start" : "start" };
   }
   if (field === "rootSize") {
+    if (after === undefined) return { class: "none", mechanism: "stays as large as it is" };
     const isGrowth = typeof after === "string" &&
       (typeof before !== "string" || parseSize(after) > parseSize(before));
     return isGrowth
@@ -227,12 +232,16 @@ function disruption(
 }
 
 /** Derives what is not said, and checks what only all machines together and this host can tell. */
-function prepare(drafts: readonly Draft<VmNormalProps, VmOutputs>[]): void {
+function prepare(
+  drafts: readonly Draft<VmNormalProps, VmOutputs>[],
+  isForeign: (type: string) => boolean,
+): void {
   const hostMemory = Deno.systemMemoryInfo().total;
   const macs = new Map<string, string>();
   const ips = new Map<string, string>();
   const ports = new Map<string, string>();
   const writers = new Map<string, string>();
+  const readers: { draft: Draft<VmNormalProps, VmOutputs>; disk: string; field: string }[] = [];
   const claim = (
     taken: Map<string, string>,
     key: string,
@@ -253,6 +262,26 @@ function prepare(drafts: readonly Draft<VmNormalProps, VmOutputs>[]): void {
       report("memory", `Memory is more than this host has (${readable(hostMemory)})`, props.memory);
     }
     const maxMemory = knownSize(props.maxMemory);
+    if (memory !== undefined && maxMemory !== undefined && maxMemory > memory * BALLOON_RATIO) {
+      report(
+        "maxMemory",
+        `Size must be at most ${BALLOON_RATIO} times that of memory (${props.memory})`,
+        props.maxMemory,
+      );
+    }
+    if (isSecret(props.cmdline)) {
+      report(
+        "cmdline",
+        "A secret cannot be here, as the guest and the host show the command line to everybody: use env",
+      );
+    }
+    if (isForeign(props.image?.type)) {
+      for (const field of ["files", "env", "command", "hostname"] as const) {
+        if (props[field] !== undefined) {
+          report(field, `An image of type "${props.image.type}" has no agent of ours to carry this out`);
+        }
+      }
+    }
     if (memory !== undefined && maxMemory !== undefined && maxMemory < memory) {
       report("maxMemory", `Size must be at least that of memory (${props.memory})`, props.maxMemory);
     }
@@ -261,7 +290,11 @@ function prepare(drafts: readonly Draft<VmNormalProps, VmOutputs>[]): void {
       report("", `A machine may have at most ${MAX_DEVICES} disks and NICs`, devices);
     }
     for (const [name, { disk, readOnly }] of Object.entries(props.disks ?? {})) {
-      if (readOnly === true || isUnknown(disk)) continue;
+      if (isUnknown(disk)) continue;
+      if (readOnly === true) {
+        readers.push({ draft, disk: disk.$resource, field: joinField("disks", name) });
+        continue;
+      }
       claim(
         writers,
         disk.$resource,
@@ -281,7 +314,8 @@ function prepare(drafts: readonly Draft<VmNormalProps, VmOutputs>[]): void {
     draft.props = {
       ...props,
       ...(disks.length > 0 ? { disks: Object.fromEntries(disks) } : {}),
-      hostname: props.hostname ?? hostnameOf(address),
+      // A machine that is renamed keeps its identity.
+      hostname: props.hostname ?? draft.recorded?.hostname ?? hostnameOf(address),
       ...(memory === undefined ? {} : {
         maxMemory: props.maxMemory ?? derivedMaxMemory(memory, draft.recorded?.maxMemory, hostMemory),
       }),
@@ -289,6 +323,12 @@ function prepare(drafts: readonly Draft<VmNormalProps, VmOutputs>[]): void {
         ? { nics: Object.fromEntries(Object.entries(props.nics).map(([name, nic]) => [name, { ...nic }])) }
         : {}),
     };
+  }
+  for (const { draft, disk, field } of readers) {
+    const writer = writers.get(disk);
+    if (writer !== undefined) {
+      draft.report(field, `Disk "${disk}" is written to by "${writer}": one writer or several readers`);
+    }
   }
   // Addresses that are written down come first, then those on record, then derived ones.
   const nics = drafts.flatMap((draft) =>
@@ -335,7 +375,9 @@ function prepare(drafts: readonly Draft<VmNormalProps, VmOutputs>[]): void {
       const { draft, name, nic, field } = entry;
       const mine = nic as { ip?: string; mac?: string };
       const seed = digest(`nic\n${draft.stack}\n${draft.address}\n${name}`);
-      if (pass === "derived" && mine.mac === undefined) mine.mac = macFrom(seed);
+      if (pass === "derived" && mine.mac === undefined) {
+        mine.mac = draft.recorded?.nics?.[name]?.mac ?? macFrom(seed);
+      }
       const network = networkOf(entry);
       if (mine.ip !== undefined || !network) continue;
       if (pass === "recorded") {
@@ -364,7 +406,11 @@ function prepare(drafts: readonly Draft<VmNormalProps, VmOutputs>[]): void {
 
 /** Room to grow stays as it is while it suffices: another maximum takes a restart. */
 function derivedMaxMemory(memory: number, recorded: Size | undefined, hostMemory: number): Size {
-  if (recorded !== undefined && memory <= parseSize(recorded)) return recorded;
+  if (
+    recorded !== undefined && memory <= parseSize(recorded) && memory * BALLOON_RATIO >= parseSize(recorded)
+  ) {
+    return recorded;
+  }
   return formatSize(Math.max(memory, Math.min(memory * 2, roundDown(hostMemory))));
 }
 
@@ -389,6 +435,30 @@ class Driver {
 
   constructor(options: VmKindOptions) {
     this.#options = options;
+  }
+
+  /** Completes and checks props, and asks images that change by themselves what they are now. */
+  async prepare(drafts: readonly Draft<VmNormalProps, VmOutputs>[]): Promise<void> {
+    const builders = new Map(this.#options.images.map((each) => [each.type, each]));
+    prepare(drafts, (type) => builders.get(type)?.isForeign === true);
+    const context: BuildContext = {
+      cache: this.#options.paths.cache,
+      signal: new AbortController().signal,
+      report() {},
+    };
+    for (const draft of drafts) {
+      const { image } = draft.props;
+      const builder = builders.get(image?.type);
+      if (!builder?.fingerprint) continue;
+      try {
+        draft.props = {
+          ...draft.props,
+          image: { ...image, fingerprint: await builder.fingerprint(image, context) },
+        };
+      } catch (error) {
+        draft.report("image", error instanceof Error ? error.message : String(error));
+      }
+    }
   }
 
   async observe(
@@ -439,14 +509,13 @@ class Driver {
     await Deno.mkdir(folder, { recursive: true, mode: 0o700 });
     const before = await machine.spec();
     const nics = this.#nics(request, before);
-    const disks = await this.#disks(request, built, folder);
+    const disks = await this.#disks(request, built, folder, before);
     const hasAgent = built.initramfs === undefined;
     const config = join(folder, "config.cpio");
     const initramfs: string[] = [];
-    let isNewConfig = false;
     if (hasAgent && built.kernel && built.busybox !== undefined) {
       initramfs.push(await buildInitramfs(built.kernel, built.busybox, built.modules, context), config);
-      isNewConfig = await writeConfig(config, request, built, nics, disks);
+      await writeConfig(config, request, built, nics, disks);
     } else if (built.initramfs) {
       initramfs.push(built.initramfs);
     }
@@ -465,6 +534,7 @@ class Driver {
       disks,
       nics,
       hasAgent,
+      bootKey: storeKey([props.hostname, props.env ?? {}, props.files ?? {}, props.command ?? ""]),
       engine: { ...props.engine },
     };
     if (props.power === "stopped") {
@@ -472,21 +542,20 @@ class Driver {
       await writeStopped(machine, spec);
     } else {
       if (request.before?.power === "paused") await machine.resume().catch(() => {});
-      const isBootTime = ["env", "files", "command", "hostname"].some((field) =>
-        request.before !== undefined && !sameField(request.before, props, field)
-      );
+      if (before) await releaseDisks(machine, before, spec, request);
       const { isRestarted } = await machine.update(spec, {
         signal: request.signal,
         report: request.report,
-        restart: isNewConfig && isBootTime,
+        shutdownTimeout: parseDuration(props.shutdownTimeout),
       });
-      if (!isRestarted && before) await configureLive(machine, before, spec, request);
+      if (!isRestarted) await configureLive(machine, spec, request);
     }
     return {
       engine: engine.name,
       hostname: props.hostname,
       image: built.key,
-      maxMemory: props.maxMemory,
+      // Another maximum holds from the next start.
+      maxMemory: formatSize((await machine.spec())?.maxMemory ?? spec.maxMemory),
       nics: Object.fromEntries(nics.map((nic) => [nic.name, {
         ip: nic.ip,
         mac: nic.mac,
@@ -511,6 +580,17 @@ class Driver {
       probes.unshift({ type: "agent", timeout: probes[0]?.timeout ?? "5m" });
     }
     await waitUntilReady(machine, probes, request);
+    for (const [name, { mount }] of Object.entries(props.disks ?? {})) {
+      if (mount === undefined || !spec?.hasAgent) continue;
+      const { status } = await machine.guest.output(["grep", "-q", ` ${mount} `, "/proc/mounts"], {
+        signal: request.signal,
+      });
+      if (status !== 0) {
+        throw new MachineError(
+          `its disk "${name}" is not mounted on "${mount}": see logs; a new disk needs { filesystem: "ext4" }`,
+        );
+      }
+    }
     if (props.rootSize !== undefined && spec?.hasAgent && spec.disks[0]?.name === "root") {
       request.report("growing the root file system");
       const { status, stderr } = await machine.guest.output(
@@ -605,6 +685,7 @@ class Driver {
     request: Request<VmNormalProps, VmOutputs>,
     built: BuiltImage,
     folder: string,
+    before: MachineSpec | undefined,
   ): Promise<MachineDisk[]> {
     const { props, dependencies, stack, address } = request;
     const disks: MachineDisk[] = [];
@@ -612,14 +693,19 @@ class Driver {
       const path = join(folder, "root.qcow2");
       const least = Math.ceil(built.root.size / SECTOR) * SECTOR;
       const size = Math.max(least, props.rootSize === undefined ? 0 : parseSize(props.rootSize));
+      // The cache may be emptied: the machine keeps a name of its own for what its disk is based on.
+      const base = join(folder, `base.${built.root.format}`);
       if (!(await exists(path))) {
         try {
-          await writeWhole(path, emptyQcow2(size, { path: built.root.path, format: built.root.format }));
+          await removeIfThere(base);
+          await linkOrCopy(built.root.path, base, request);
+          await writeWhole(path, emptyQcow2(size, { path: base, format: built.root.format }));
         } catch (error) {
           throw writeError(`make the root disk of "${address}"`, error);
         }
       }
-      const serial = diskSerial(stack, `${address}.root`);
+      const serial = before?.disks.find((each) => each.name === "root")?.serial ??
+        diskSerial(stack, `${address}.root`);
       disks.push({ name: "root", path, format: "qcow2", serial, readOnly: false, size });
     }
     for (const [name, { disk, readOnly }] of Object.entries(props.disks ?? {})) {
@@ -633,24 +719,19 @@ class Driver {
   }
 }
 
-function sameField(before: VmNormalProps, after: VmNormalProps, field: string): boolean {
-  return JSON.stringify((before as unknown as Json)[field]) ===
-    JSON.stringify((after as unknown as Json)[field]);
-}
-
 /** A machine that was never started is on record all the same. */
 async function writeStopped(machine: Machine, spec: MachineSpec): Promise<void> {
   if (await machine.spec() === undefined) await machine.define(spec);
 }
 
-/** Writes the part of the initramfs that tells this machine from others. Tells whether it changed. */
+/** Writes the part of the initramfs that tells this machine from others. */
 async function writeConfig(
   path: string,
   request: Request<VmNormalProps, VmOutputs>,
   built: BuiltImage,
   nics: readonly MachineNic[],
   disks: readonly MachineDisk[],
-): Promise<boolean> {
+): Promise<void> {
   const { props } = request;
   const encoder = new TextEncoder();
   const files = guestConfigFiles({
@@ -685,67 +766,97 @@ async function writeConfig(
     })),
     ...(props.command === undefined ? {} : { command: props.command }),
   });
-  const archive = cpioArchive(files);
-  const old = await Deno.readFile(path).catch(() => undefined);
-  if (old && old.length === archive.length && old.every((byte, index) => byte === archive[index])) {
-    return false;
-  }
   try {
-    await writeWhole(path, archive);
+    await writeWhole(path, cpioArchive(files));
   } catch (error) {
     throw writeError(`configure "${request.address}"`, error);
   }
-  return true;
 }
 
-/** Configures in the running guest what was plugged while it ran. */
-async function configureLive(
+/** Lets the guest unmount disks before they are taken away, so that nothing is lost. */
+async function releaseDisks(
   machine: Machine,
   before: MachineSpec,
   spec: MachineSpec,
   request: Request<VmNormalProps, VmOutputs>,
 ): Promise<void> {
+  const serials = before.disks.filter((disk) => !spec.disks.some((each) => each.name === disk.name))
+    .map((disk) => disk.serial);
+  if (serials.length === 0 || !before.hasAgent || (await machine.status()).state !== "running") return;
+  request.report("unmounting disks");
+  await inGuest(machine, request, UNMOUNT_SCRIPT, serials);
+}
+
+const UNMOUNT_SCRIPT = `
+for serial in "$@"; do
+  for each in /sys/block/vd*; do
+    [ "$(cat "$each/serial")" = "$serial" ] || continue
+    device=/dev/$(basename "$each")
+    while grep -q "^$device " /proc/mounts; do
+      umount "$device" || { echo "$device is in use: end what uses it" >&2; exit 1; }
+    done
+  done
+done
+sync
+`;
+
+/** Configures in the running guest what was plugged while it ran; what is there already stays as it is. */
+async function configureLive(
+  machine: Machine,
+  spec: MachineSpec,
+  request: Request<VmNormalProps, VmOutputs>,
+): Promise<void> {
   if (!spec.hasAgent) return;
-  for (const nic of spec.nics) {
-    if (before.nics.some((each) => each.name === nic.name)) continue;
-    request.report(`configuring NIC ${nic.name}`);
-    await inGuest(machine, request, NIC_SCRIPT, [nic.mac, nic.name, `${nic.ip}/${nic.cidr.split("/")[1]}`]);
-  }
-  for (const [name, each] of Object.entries(request.props.disks ?? {})) {
-    if (each.mount === undefined || before.disks.some((disk) => disk.name === name)) continue;
-    request.report(`mounting disk ${name}`);
-    const disk = spec.disks.find((candidate) => candidate.name === name)!;
-    await inGuest(machine, request, MOUNT_SCRIPT, [disk.serial, each.mount]);
-  }
+  const nics = spec.nics.flatMap((nic) => [nic.mac, nic.name, `${nic.ip}/${nic.cidr.split("/")[1]}`]);
+  if (nics.length > 0) await inGuest(machine, request, NIC_SCRIPT, nics);
+  const mounts = Object.entries(request.props.disks ?? {}).flatMap(([name, each]) =>
+    each.mount === undefined ? [] : [spec.disks.find((disk) => disk.name === name)!.serial, each.mount]
+  );
+  if (mounts.length > 0) await inGuest(machine, request, MOUNT_SCRIPT, mounts);
 }
 
 const NIC_SCRIPT = `
-for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-  for each in /sys/class/net/*; do
-    [ "$(cat "$each/address")" = "$1" ] || continue
-    old=$(basename "$each")
-    ip link set dev "$old" down
-    [ "$old" = "$2" ] || ip link set dev "$old" name "$2"
-    ip link set dev "$2" up && ip addr add "$3" dev "$2" && exit 0
-    exit 1
+one() {
+  for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+    for each in /sys/class/net/*; do
+      [ "$(cat "$each/address")" = "$1" ] || continue
+      old=$(basename "$each")
+      [ "$old" = "$2" ] && ip -o addr show dev "$2" | grep -q " $3 " && return 0
+      ip link set dev "$old" down
+      [ "$old" = "$2" ] || ip link set dev "$old" name "$2"
+      ip link set dev "$2" up && ip addr add "$3" dev "$2"
+      return
+    done
+    sleep 0.5
   done
-  sleep 0.5
+  echo "the NIC $1 does not appear" >&2
+  return 1
+}
+while [ $# -gt 0 ]; do
+  one "$1" "$2" "$3" || exit 1
+  shift 3
 done
-echo "the NIC $1 does not appear" >&2
-exit 1
 `;
 
 const MOUNT_SCRIPT = `
-for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-  for each in /sys/block/vd*; do
-    [ "$(cat "$each/serial")" = "$1" ] || continue
-    mkdir -p "$2" && mount -t ext4 "/dev/$(basename "$each")" "$2" && exit 0
-    exit 1
+one() {
+  for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+    for each in /sys/block/vd*; do
+      [ "$(cat "$each/serial")" = "$1" ] || continue
+      device=/dev/$(basename "$each")
+      grep -q "^$device $2 " /proc/mounts && return 0
+      mkdir -p "$2" && mount -t ext4 "$device" "$2"
+      return
+    done
+    sleep 0.5
   done
-  sleep 0.5
+  echo "the disk $1 does not appear" >&2
+  return 1
+}
+while [ $# -gt 0 ]; do
+  one "$1" "$2" || exit 1
+  shift 2
 done
-echo "the disk $1 does not appear" >&2
-exit 1
 `;
 
 async function inGuest(
@@ -757,7 +868,24 @@ async function inGuest(
   const { status, stderr } = await machine.guest.output(["sh", "-c", script, "sh", ...args], {
     signal: request.signal,
   });
-  if (status !== 0) throw new MachineError(`the guest cannot use the new device: ${stderr.trim()}`);
+  if (status !== 0) throw new MachineError(`the guest cannot do its part: ${stderr.trim()}`);
+}
+
+/** Gives a file another name, or copies it where the two are on different file systems. */
+async function linkOrCopy(
+  from: string,
+  to: string,
+  request: Request<VmNormalProps, VmOutputs>,
+): Promise<void> {
+  try {
+    await Deno.link(from, to);
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) throw error;
+    request.report("copying the image");
+    await runTool("cp", ["--sparse=always", "--reflink=auto", "--", from, to], { cache: "", ...request }, {
+      package: "coreutils",
+    });
+  }
 }
 
 function digest(text: string): Uint8Array & { readUInt32BE(offset: number): number } {

@@ -24,6 +24,7 @@ const spec: MachineSpec = {
     forwards: [{ name: "x", protocol: "tcp", address: "127.0.0.1", host: 8080, guest: 80 }],
   }],
   hasAgent: true,
+  bootKey: "",
   engine: { extraArguments: ["-extra"] },
 };
 

@@ -7,16 +7,18 @@
 import { join } from "node:path";
 import { equal, identifyProcess } from "../../planner/mod.ts";
 import { formatSize } from "../../dsl/mod.ts";
-import type {
-  Capabilities,
-  Engine,
-  Machine,
-  MachineDisk,
-  MachineNic,
-  MachineSpec,
-  MachineStatus,
-  OperationOptions,
-  UpdateResult,
+import {
+  BALLOON_RATIO,
+  type Capabilities,
+  type Engine,
+  type Machine,
+  type MachineDisk,
+  type MachineForward,
+  type MachineNic,
+  type MachineSpec,
+  type MachineStatus,
+  type OperationOptions,
+  type UpdateResult,
 } from "../engine.ts";
 import { MachineError, writeError } from "../errors.ts";
 import { exists, lockFile, removeIfThere, writeWhole } from "../files.ts";
@@ -156,7 +158,10 @@ async function which(binary: string): Promise<string | undefined> {
     : (Deno.env.get("PATH") ?? "").split(":").filter((each) => each !== "").map((folder) =>
       join(folder, binary)
     );
-  for (const path of candidates) if (await exists(path)) return path;
+  for (const path of candidates) {
+    const info = await Deno.stat(path).catch(() => undefined);
+    if (info?.isFile && ((info.mode ?? 0o111) & 0o111) !== 0) return path;
+  }
   return undefined;
 }
 
@@ -260,12 +265,12 @@ export class QemuMachine implements Machine {
    * Makes it be as a spec says.
    *
    * @param spec What it should be made of
-   * @param options Signal and progress, and whether a restart is wanted in any case
+   * @param options Signal and progress, and how long a shutdown may take, in milliseconds, where it takes a restart
    * @returns Whether it was restarted
    */
   async update(
     spec: MachineSpec,
-    options: OperationOptions & { restart?: boolean } = {},
+    options: OperationOptions & { shutdownTimeout?: number } = {},
   ): Promise<UpdateResult> {
     using _lock = await this.#lock(options);
     const current = await this.spec();
@@ -275,8 +280,8 @@ export class QemuMachine implements Machine {
       await this.#start(spec, options);
       return { isRestarted: true };
     }
-    if (options.restart || needsRestart(current, spec)) {
-      await this.#shutdown(RESTART_GRACE, options);
+    if (needsRestart(current, spec) || !(await this.#hasRoom(current, spec, options))) {
+      await this.#shutdown(options.shutdownTimeout ?? RESTART_GRACE, options);
       await this.#start(spec, options);
       return { isRestarted: true };
     }
@@ -377,7 +382,7 @@ export class QemuMachine implements Machine {
   /** The last line of a kernel panic, which a halted kernel leaves at the end of its console. */
   async #panic(): Promise<string | undefined> {
     const tail = await tailOf(this.#files.consoleLog, 4096);
-    return /end (Kernel panic - not syncing[^\r\n\]]*)/.exec(tail)?.[1]?.trim();
+    return /---\[ end (Kernel panic - not syncing[^\r\n\]]*)\]---\s*$/.exec(tail)?.[1]?.trim();
   }
 
   async #start(spec: MachineSpec, options: OperationOptions): Promise<void> {
@@ -452,8 +457,12 @@ export class QemuMachine implements Machine {
     const deadline = Date.now() + timeout;
     try {
       if (state === "paused") await this.resume();
-      if (spec?.hasAgent) await this.guest.poweroff({ signal: AbortSignal.timeout(Math.max(1, timeout)) });
-      else {
+      if (spec?.hasAgent) {
+        const limit = AbortSignal.timeout(Math.max(1, timeout));
+        await this.guest.poweroff({
+          signal: options.signal ? AbortSignal.any([limit, options.signal]) : limit,
+        });
+      } else {
         await using qmp = await this.#monitor(options.signal);
         await qmp.execute("system_powerdown");
       }
@@ -483,24 +492,32 @@ export class QemuMachine implements Machine {
     await removeIfThere(this.#files.pid);
   }
 
+  /** Whether the devices to be plugged fit into the free ports; a restart makes new ones. */
+  async #hasRoom(current: MachineSpec, spec: MachineSpec, options: OperationOptions): Promise<boolean> {
+    const added = (
+      before: readonly { readonly name: string }[],
+      after: readonly { readonly name: string }[],
+    ) => after.filter((each) => !before.some((other) => other.name === each.name)).length;
+    const count = added(current.disks, spec.disks) + added(current.nics, spec.nics);
+    if (count === 0) return true;
+    await using qmp = await this.#monitor(options.signal);
+    return (await freePorts(qmp)).length >= count;
+  }
+
   async #updateLive(current: MachineSpec, spec: MachineSpec, options: OperationOptions): Promise<void> {
     await using qmp = await this.#monitor(options.signal);
     const devices = await qmp.execute("qom-list", { path: "/machine/peripheral" }) as { name: string }[];
     const isPlugged = (id: string) => devices.some((each) => each.name === id);
-    for (const disk of current.disks) {
-      if (!spec.disks.some((each) => each.name === disk.name)) {
-        await unplug(qmp, `dev-disk-${disk.name}`, isPlugged, options);
-        await attempt(
-          () => qmp.execute("blockdev-del", { "node-name": `disk-${disk.name}` }),
-          /find|not found/i,
-        );
-      }
-    }
-    for (const nic of current.nics) {
-      if (!spec.nics.some((each) => each.name === nic.name)) {
-        await unplug(qmp, `dev-nic-${nic.name}`, isPlugged, options);
-        await attempt(() => qmp.execute("netdev_del", { id: `net-${nic.name}` }), /not found/i);
-      }
+    // Also what an interrupted update has plugged, and nobody has on record.
+    for (const { name: id } of devices) {
+      const [, sort, name] = /^dev-(disk|nic)-(.*)$/.exec(id) ?? [];
+      if (sort === undefined) continue;
+      const wanted: readonly { readonly name: string }[] = sort === "disk" ? spec.disks : spec.nics;
+      if (wanted.some((each) => each.name === name)) continue;
+      await unplug(qmp, id, isPlugged, options);
+      await (sort === "disk"
+        ? attempt(() => qmp.execute("blockdev-del", { "node-name": `disk-${name}` }), /find|not found/i)
+        : attempt(() => qmp.execute("netdev_del", { id: `net-${name}` }), /not found/i));
     }
     for (const disk of spec.disks) {
       const before = current.disks.find((each) => each.name === disk.name);
@@ -521,7 +538,7 @@ export class QemuMachine implements Machine {
         await updateForwards(qmp, before, nic);
       }
     }
-    if (spec.memory !== current.memory) await balloon(qmp, spec.memory, options);
+    if (spec.memory !== current.memory) await balloon(qmp, spec.memory, options, () => this.#panic());
     // The maximum is fixed until the next start.
     await this.#record({ ...spec, maxMemory: current.maxMemory });
     await joinFiles(spec.initramfs, this.#files.initramfs);
@@ -532,7 +549,9 @@ export class QemuMachine implements Machine {
 const RESTART_GRACE = 60_000;
 
 function needsRestart(current: MachineSpec, spec: MachineSpec): boolean {
-  const fixed = (each: MachineSpec) => [each.cpus, each.kernel, each.cmdline, each.hasAgent, each.engine];
+  const fixed = (
+    each: MachineSpec,
+  ) => [each.cpus, each.kernel, each.cmdline, each.hasAgent, each.bootKey, each.engine];
   const sameDisks = spec.disks.every((disk) => {
     const before = current.disks.find((each) => each.name === disk.name);
     return !before || equal({ ...before, size: 0 }, { ...disk, size: 0 });
@@ -541,15 +560,24 @@ function needsRestart(current: MachineSpec, spec: MachineSpec): boolean {
     const before = current.nics.find((each) => each.name === nic.name);
     return !before || equal({ ...before, forwards: [] }, { ...nic, forwards: [] });
   });
-  return !equal(fixed(current), fixed(spec)) || spec.memory > current.maxMemory || !sameDisks || !sameNics;
+  // Memory that is far below the maximum leaves the guest no room for what it keeps for the maximum.
+  const isBallooned = spec.memory <= current.maxMemory && spec.memory * BALLOON_RATIO >= current.maxMemory;
+  return !equal(fixed(current), fixed(spec)) || !isBallooned || !sameDisks || !sameNics;
 }
 
-async function balloon(qmp: Qmp, target: number, options: OperationOptions): Promise<void> {
+async function balloon(
+  qmp: Qmp,
+  target: number,
+  options: OperationOptions,
+  panic: () => Promise<string | undefined>,
+): Promise<void> {
   await qmp.execute("balloon", { value: target });
   const deadline = Date.now() + BALLOON_TIMEOUT;
   while (true) {
     const { actual } = await qmp.execute("query-balloon") as { actual: number };
     if (actual === target) return;
+    const crash = await panic();
+    if (crash !== undefined) throw new MachineError(`the guest crashed while its memory changed (${crash})`);
     options.report?.(`balloon at ${formatSize(actual)} of ${formatSize(target)}`);
     if (Date.now() > deadline) {
       throw new MachineError(
@@ -602,12 +630,17 @@ async function unplug(
   );
 }
 
-async function freePort(qmp: Qmp, spec: MachineSpec): Promise<string> {
+async function freePorts(qmp: Qmp): Promise<string[]> {
   const buses = await qmp.execute("query-pci") as { devices: PciDevice[] }[];
-  for (const device of buses.flatMap((bus) => bus.devices)) {
-    if (/^port\d+$/.test(device.qdev_id) && !device.pci_bridge?.devices?.length) return device.qdev_id;
-  }
-  throw new MachineError(`no PCIe port of "${spec.address}" is free: restart the machine to get new ones`);
+  return buses.flatMap((bus) => bus.devices)
+    .filter((device) => /^port\d+$/.test(device.qdev_id) && !device.pci_bridge?.devices?.length)
+    .map((device) => device.qdev_id);
+}
+
+async function freePort(qmp: Qmp, spec: MachineSpec): Promise<string> {
+  const [port] = await freePorts(qmp);
+  if (port !== undefined) return port;
+  throw new MachineError(`no PCIe port of "${spec.address}" is free: run apply again`);
 }
 
 interface PciDevice {
@@ -620,14 +653,22 @@ async function updateForwards(qmp: Qmp, before: MachineNic, nic: MachineNic): Pr
     if (nic.forwards.some((each) => equal(each, old))) continue;
     await qmp.human(`hostfwd_remove net-${nic.name} ${old.protocol}:${old.address}:${old.host}`);
   }
+  const added: MachineForward[] = [];
+  const remove = (forward: MachineForward) =>
+    qmp.human(`hostfwd_remove net-${nic.name} ${forward.protocol}:${forward.address}:${forward.host}`);
   for (const forward of nic.forwards) {
     if (before.forwards.some((each) => equal(each, forward))) continue;
+    // An interrupted update may have added it already.
+    await remove(forward);
     const said = (await qmp.human(`hostfwd_add net-${nic.name} ${forwardRule(nic, forward)}`)).trim();
-    if (said !== "") {
-      throw new MachineError(
-        `port ${forward.host} of ${forward.address} cannot be forwarded (${said}): is it in use?`,
-      );
+    if (said === "") {
+      added.push(forward);
+      continue;
     }
+    for (const each of added) await remove(each);
+    throw new MachineError(
+      `port ${forward.host} of ${forward.address} cannot be forwarded (${said}): choose another host port, or end what uses it`,
+    );
   }
 }
 
@@ -716,10 +757,7 @@ function explainStart(said: string, spec: MachineSpec): string {
   if (forward) {
     return `port ${forward[3]} of ${forward[2]} is in use: choose another host port, or end what uses it`;
   }
-  if (
-    /Failed to get "?(shared )?"?(write|consistent read)"? lock|lock/i.test(said) &&
-    /drive|file|image|node/i.test(said)
-  ) {
+  if (/Failed to get .*lock|Is another process using/i.test(said)) {
     const path = spec.disks.find((disk: MachineDisk) => said.includes(disk.path))?.path;
     return `another process uses ${path ? `the disk "${path}"` : "one of its disks"}: ${said}`;
   }
