@@ -30,7 +30,6 @@ import {
   type Draft,
   type FieldDifference,
   type Instance,
-  type Json,
   type Kind,
   type Request,
 } from "../../planner/mod.ts";

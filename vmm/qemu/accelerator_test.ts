@@ -295,12 +295,18 @@ async function rejection(promise: Promise<unknown>): Promise<unknown> {
 
 /** Asserts that a process has ended; one whose new parent is slow to notice counts as ended. */
 async function assertEnded(process: string): Promise<void> {
-  try {
-    const stat = await Deno.readTextFile(`/proc/${process}/stat`);
-    assert.match(stat, /\) [ZX] /);
-  } catch (error) {
-    if (!(error instanceof Deno.errors.NotFound)) throw error;
+  let stat = "";
+  // A kill takes effect a moment after it was sent.
+  for (let attempt = 0; attempt < 500; attempt++) {
+    try {
+      stat = await Deno.readTextFile(`/proc/${process}/stat`);
+    } catch {
+      return;
+    }
+    if (/\) [ZX] /.test(stat)) return;
+    await new Promise((resolve) => setTimeout(resolve, 20));
   }
+  assert.fail(`process ${process} still runs: ${stat}`);
 }
 
 /** Asserts that a path leads nowhere. */
