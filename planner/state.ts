@@ -10,7 +10,7 @@ import { hostname, userInfo } from "node:os";
 import { dirname, resolve } from "node:path";
 import process from "node:process";
 import { setTimeout as sleep } from "node:timers/promises";
-import type { DatabaseSync, SQLInputValue } from "node:sqlite";
+import type { DatabaseSync, SQLInputValue, StatementSync } from "node:sqlite";
 import { asError, LockedError, PlannerError } from "./errors.ts";
 import type { Json } from "./kind.ts";
 import { identifyProcess, isRunning } from "./process.ts";
@@ -121,6 +121,7 @@ export class State implements Disposable {
   /** Encrypts secrets. */
   readonly secrets: SecretBox;
   readonly #database: DatabaseSync | undefined;
+  readonly #statements = new Map<string, StatementSync>();
   readonly #file: number | undefined;
   #lockId: string | undefined;
   #renewal: ReturnType<typeof setInterval> | undefined;
@@ -280,7 +281,7 @@ export class State implements Disposable {
       try {
         this.#requireLock(database);
         const encode = (value: unknown) => JSON.stringify(this.secrets.seal(value));
-        write(new StateWriter(database, encode));
+        write(new StateWriter((sql) => this.#prepare(database, sql), encode));
         database.exec("UPDATE meta SET value = value + 1 WHERE key = 'serial'");
         database.exec("COMMIT");
       } catch (error) {
@@ -420,6 +421,13 @@ export class State implements Disposable {
     }
   }
 
+  /** Statements are kept: each costs native memory until it is collected. */
+  #prepare(database: DatabaseSync, sql: string): StatementSync {
+    let statement = this.#statements.get(sql);
+    if (!statement) this.#statements.set(sql, statement = database.prepare(sql));
+    return statement;
+  }
+
   #decode(text: unknown): unknown {
     return this.secrets.open(JSON.parse(String(text)));
   }
@@ -433,7 +441,7 @@ export class State implements Disposable {
   }
 
   #requireLock(database: DatabaseSync): void {
-    const holder = database.prepare("SELECT id, who FROM lock").get();
+    const holder = this.#prepare(database, "SELECT id, who FROM lock").get();
     if (this.#lockId === undefined || holder?.id !== this.#lockId) {
       throw new PlannerError(
         `Cannot write state "${this.path}" as its lock is ` +
@@ -488,17 +496,17 @@ export class State implements Disposable {
 
 /** Writes within one transaction of {@linkcode State}. */
 export class StateWriter {
-  readonly #database: DatabaseSync;
+  readonly #prepare: (sql: string) => StatementSync;
   readonly #encode: (value: unknown) => string;
 
   /**
    * Writes into an open transaction.
    *
-   * @param database The open file
+   * @param prepare Gives a statement
    * @param encode Writes JSON with secrets encrypted
    */
-  constructor(database: DatabaseSync, encode: (value: unknown) => string) {
-    this.#database = database;
+  constructor(prepare: (sql: string) => StatementSync, encode: (value: unknown) => string) {
+    this.#prepare = prepare;
     this.#encode = encode;
   }
 
@@ -578,7 +586,7 @@ export class StateWriter {
   }
 
   #run(sql: string, ...values: SQLInputValue[]): void {
-    this.#database.prepare(sql).run(...values);
+    this.#prepare(sql).run(...values);
   }
 }
 
