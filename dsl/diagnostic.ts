@@ -22,6 +22,26 @@ export interface Diagnostic {
   readonly site?: Site | undefined;
 }
 
+/**
+ * Makes a diagnostic that stops the command.
+ *
+ * @param address Address of the resource; empty for the stack itself
+ * @param field Field inside the resource; empty for the resource as a whole
+ * @param reason What is wrong and what to write instead
+ * @param site The line in the user's file
+ * @param value The value that is wrong; not shown where it is undefined
+ * @returns The diagnostic
+ */
+export function problem(
+  address: string,
+  field: string,
+  reason: string,
+  site: Site | undefined,
+  value?: unknown,
+): Diagnostic {
+  return { severity: "error", address, field, reason, site, ...(value === undefined ? {} : { value }) };
+}
+
 /** Thrown when a stack cannot be planned; it carries every problem that was found. */
 export class ValidationError extends Error {
   /** All problems, in the order of their addresses. */

@@ -4,7 +4,7 @@
  * @module
  */
 
-import { type Diagnostic, ValidationError } from "./diagnostic.ts";
+import { type Diagnostic, problem, ValidationError } from "./diagnostic.ts";
 import { isOutput, type Output } from "./output.ts";
 import { isResource, type KindDefinition, type LifecycleOptions, type Resource } from "./resource.ts";
 import { array, boolean, duration, isPlainObject, joinField, object, optional, string } from "./schema.ts";
@@ -231,14 +231,8 @@ function evaluate(
 ): Graph {
   const diagnostics: Diagnostic[] = [];
   if (!/^[A-Za-z][\w-]{0,62}$/.test(stack.name)) {
-    diagnostics.push({
-      severity: "error",
-      address: "",
-      field: "",
-      reason: "Stack name must be a letter, then at most 62 letters, digits, _ or -",
-      value: stack.name,
-      site: stack.site,
-    });
+    const reason = "Stack name must be a letter, then at most 62 letters, digits, _ or -";
+    diagnostics.push(problem("", "", reason, stack.site, stack.name));
   }
   const variables = readVariables(stack, given, diagnostics);
   if (diagnostics.length > 0) throw new ValidationError(stack.name, diagnostics);
@@ -253,7 +247,7 @@ function evaluate(
   });
 
   const fault = (resource: Resource, address: string, reason: string, field = "") => {
-    diagnostics.push({ severity: "error", address, field, reason, site: resource.site() });
+    diagnostics.push(problem(address, field, reason, resource.site()));
   };
   const addresses = new Map<Resource, string>();
   for (const [resource, places] of named) {
@@ -365,14 +359,7 @@ function readVariables(
 ): Record<string, string | number | boolean> {
   const result: Record<string, string | number | boolean> = {};
   const fault = (reason: string, value?: unknown) =>
-    diagnostics.push({
-      severity: "error",
-      address: "",
-      field: "",
-      reason,
-      site: stack.site,
-      ...(value === undefined ? {} : { value }),
-    });
+    diagnostics.push(problem("", "", reason, stack.site, value));
   for (const name of Object.keys(given)) {
     if (Object.hasOwn(stack.variables, name)) continue;
     const known = Object.keys(stack.variables);
@@ -442,16 +429,9 @@ function declaration(
   diagnostics: Diagnostic[],
 ): Declaration {
   let site: Site | undefined;
-  const report = (field: string, reason: string, ...value: [unknown?]) => {
+  const report = (field: string, reason: string, value?: unknown) => {
     site ??= resource.site();
-    diagnostics.push({
-      severity: "error",
-      address,
-      field,
-      reason,
-      site,
-      ...(value.length > 0 && value[0] !== undefined ? { value: value[0] } : {}),
-    });
+    diagnostics.push(problem(address, field, reason, site, value));
   };
   refuseMarks(resource.props, "", report);
   const props = resource.kind.schema.check(resource.props, "", report);
@@ -528,15 +508,10 @@ function order(declarations: readonly Declaration[], diagnostics: Diagnostic[]):
         const cycle = path.slice(path.findIndex((each) => each.at === target)).map((each) =>
           declarations[each.at]!
         );
-        diagnostics.push({
-          severity: "error",
-          address: cycle[0]!.address,
-          field: "",
-          reason: `Resources depend on each other in a cycle: ${
-            [...cycle, cycle[0]!].map((each) => each.address).join(" -> ")
-          }: remove one of these dependencies`,
-          site: cycle[0]!.site,
-        });
+        const names = [...cycle, cycle[0]!].map((each) => each.address).join(" -> ");
+        const reason =
+          `Resources depend on each other in a cycle: ${names}: remove one of these dependencies`;
+        diagnostics.push(problem(cycle[0]!.address, "", reason, cycle[0]!.site));
       }
     }
   }

@@ -12,6 +12,7 @@ import {
   isResource,
   isSecret,
   isUnknown,
+  problem,
   type Resource,
   type ResourceReference,
   ValidationError,
@@ -264,15 +265,8 @@ async function prepare(
   const resolved = new Map<string, Json>();
   for (const declaration of declared) {
     const { address } = declaration;
-    const report = (field: string, reason: string, ...value: [unknown?]) => {
-      diagnostics.push({
-        severity: "error",
-        address,
-        field,
-        reason,
-        site: declaration.site,
-        ...(value[0] === undefined ? {} : { value: value[0] }),
-      });
+    const report = (field: string, reason: string, value?: unknown) => {
+      diagnostics.push(problem(address, field, reason, declaration.site, value));
     };
     const props = resolveChecked(declaration, lookup, report);
     resolved.set(address, props);
@@ -326,15 +320,7 @@ function hasOutput(value: unknown): boolean {
 function merge(prepared: Json, declaration: Declaration, lookup: Lookup, base: Json, stack: string): Json {
   const diagnostics: Diagnostic[] = [];
   let result: unknown = resolveChecked(declaration, lookup, (field, reason, value) => {
-    const { address, site } = declaration;
-    diagnostics.push({
-      severity: "error",
-      address,
-      field,
-      reason,
-      site,
-      ...(value === undefined ? {} : { value }),
-    });
+    diagnostics.push(problem(declaration.address, field, reason, declaration.site, value));
   });
   if (diagnostics.length > 0) throw new ValidationError(stack, diagnostics);
   for (const { field, before, after } of compare(base, prepared)) {

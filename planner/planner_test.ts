@@ -1,53 +1,10 @@
 import assert from "node:assert/strict";
-import { secret, type Stack, stack, text } from "../dsl/mod.ts";
-import { apply, ApplyError, type ApplyOptions } from "./mod.ts";
-import {
-  type AnyKind,
-  kind,
-  type Kinds,
-  makePlan,
-  memoryKind,
-  type MemoryWorld,
-  type Plan,
-  type PlanOptions,
-  State,
-  summarise,
-} from "./mod.ts";
+import { secret, stack, text } from "../dsl/mod.ts";
+import { apply, ApplyError } from "./mod.ts";
+import { kind, State, summarise } from "./mod.ts";
+import { actions, Bench } from "./_bench.ts";
 import { PlannerError } from "./errors.ts";
 import { string } from "../dsl/mod.ts";
-
-/** A planner on a temporary state with objects in memory. */
-class Bench implements AsyncDisposable {
-  readonly world: MemoryWorld = new Map();
-  readonly calls: string[] = [];
-  readonly thing = memoryKind(this.world, (name) => this.calls.push(name));
-  readonly folder = Deno.makeTempDirSync();
-  readonly path = `${this.folder}/s/test.db`;
-  kinds: Kinds = new Map<string, AnyKind>([["memory", this.thing.kind]]);
-
-  async plan(declared: Stack, options: Partial<PlanOptions> = {}): Promise<Plan> {
-    using state = await State.open(this.path, { stack: declared.name, create: false });
-    return await makePlan({ graph: declared.evaluate(), state, kinds: this.kinds, ...options });
-  }
-
-  async apply(declared: Stack, options: Partial<PlanOptions & ApplyOptions> = {}): Promise<Plan> {
-    using state = await State.open(this.path, { stack: declared.name, create: true });
-    using _lock = await state.lock("apply");
-    const graph = declared.evaluate();
-    const plan = await makePlan({ graph, state, kinds: this.kinds, ...options });
-    await apply(plan, { graph, state, kinds: this.kinds, ...options });
-    return plan;
-  }
-
-  async [Symbol.asyncDispose]() {
-    await Deno.remove(this.folder, { recursive: true });
-  }
-}
-
-const actions = (plan: Plan) =>
-  Object.fromEntries(
-    plan.changes.filter((each) => each.action !== "no-op").map((each) => [each.address, each.action]),
-  );
 
 Deno.test("apply() creates in order, then plan() is empty", async () => {
   await using bench = new Bench();

@@ -7,7 +7,16 @@ type Phase = "first" | "second" | "destroy";
 
 async function work(place: Place, phase: Phase, boundary = -1): Promise<{ code: number; text: string }> {
   const output = await new Deno.Command(Deno.execPath(), {
-    args: ["run", "-A", "--no-check", `${ROOT}/tests/fault_worker.ts`, place.folder, phase, String(boundary)],
+    args: [
+      "run",
+      "-A",
+      "--no-check",
+      `--config=${ROOT}/deno.json`,
+      `${ROOT}/tests/fault_worker.ts`,
+      place.folder,
+      phase,
+      String(boundary),
+    ],
     stdin: "null",
     stdout: "piped",
     stderr: "piped",

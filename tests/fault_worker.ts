@@ -6,30 +6,10 @@
  */
 
 import { builtInKinds } from "../cli/built_in.ts";
-import { disk, network, stack, string, vm } from "../dsl/mod.ts";
-import { apply, kind, makePlan, State } from "../planner/mod.ts";
+import { disk, network, stack, vm } from "../dsl/mod.ts";
+import { textFile } from "../examples/kind/infra.ts";
+import { apply, makePlan, State } from "../planner/mod.ts";
 import { debian } from "../stdlib/mod.ts";
-
-const textFile = kind({
-  name: "text_file",
-  props: { path: string(), content: string() },
-  disruption: { content: "live" },
-  async observe(files) {
-    const found = new Map();
-    for (const { address, props } of files) {
-      const content = await Deno.readTextFile(props.path).catch(() => undefined);
-      if (content !== undefined) found.set(address, { props: { content } });
-    }
-    return found;
-  },
-  async ensure({ props }) {
-    await Deno.writeTextFile(props.path, props.content);
-    return {};
-  },
-  async remove({ props }) {
-    await Deno.remove(props.path).catch(() => {});
-  },
-});
 
 const [folder, phase, boundary] = Deno.args as [string, "first" | "second" | "destroy", string];
 const isSecond = phase === "second";

@@ -1,7 +1,7 @@
 import { cli, kind, number, stack, string, text } from "hypertopia";
 
 /** A kind of our own: text files. Twenty lines make it a resource with a plan, drift and repair. */
-const textFile = kind({
+export const textFile = kind({
   name: "text_file",
   props: { path: string(), content: string() },
   outputs: { bytes: number() },
