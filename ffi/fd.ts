@@ -4,7 +4,7 @@
  * @module
  */
 
-import { check, cString, libc } from "./libc.ts";
+import { check, cString, errno, libc } from "./libc.ts";
 
 /** `O_RDWR`, `O_CLOEXEC` (Linux 6.1 `include/uapi/asm-generic/fcntl.h`). */
 export const O_RDWR = 0o2;
@@ -30,6 +30,10 @@ export const MAP_PRIVATE = 0x02;
 export const MAP_ANONYMOUS = 0x20;
 /** `MAP_NORESERVE` (Linux 6.1 `include/uapi/asm-generic/mman.h`). */
 export const MAP_NORESERVE = 0x4000;
+
+const EPOLLIN = 1;
+const EPOLL_CTL_ADD = 1;
+const EINTR = 4;
 
 /** A file descriptor that is closed when disposed. */
 export class Fd implements Disposable {
@@ -66,6 +70,15 @@ export class Fd implements Disposable {
    */
   static event(flags: number = EFD_NONBLOCK): Fd {
     return new Fd(check(libc().eventfd(0, flags | EFD_CLOEXEC), "eventfd()"), "eventfd");
+  }
+
+  /**
+   * Makes an epoll instance.
+   *
+   * @returns The descriptor
+   */
+  static epoll(): Fd {
+    return new Fd(check(libc().epoll_create1(O_CLOEXEC), "epoll_create1()"), "epoll");
   }
 
   /**
@@ -124,6 +137,34 @@ export class Fd implements Disposable {
    */
   ioctlBuffer(request: number, argument: Uint8Array<ArrayBuffer>, name: string): number {
     return check(libc().ioctl_buffer(this.number, BigInt(request), argument), `ioctl(${name})`);
+  }
+
+  /**
+   * Lets this epoll instance watch for input.
+   *
+   * @param fd What to watch
+   */
+  watch(fd: Fd): void {
+    // struct epoll_event of x86-64 is packed: events, then the user's data (Linux 6.1 `include/uapi/linux/eventpoll.h`).
+    const event = new Uint8Array(12);
+    const view = new DataView(event.buffer);
+    view.setUint32(0, EPOLLIN, true);
+    view.setUint32(4, fd.number, true);
+    check(libc().epoll_ctl(this.number, EPOLL_CTL_ADD, fd.number, event), "epoll_ctl(EPOLL_CTL_ADD)");
+  }
+
+  /**
+   * Waits, on this thread, until something that this epoll instance watches has input.
+   *
+   * @param events Memory for one `struct epoll_event`
+   * @param timeout Milliseconds; -1 for ever
+   * @returns Whether something has
+   */
+  poll(events: Deno.PointerObject, timeout: number): boolean {
+    const count = libc().epoll_wait(this.number, events, 1, timeout);
+    // A signal to another thread of this process may interrupt the wait.
+    if (count < 0 && errno() === EINTR) return false;
+    return check(count, "epoll_wait()") > 0;
   }
 
   /** Closes it. */

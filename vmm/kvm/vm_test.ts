@@ -1,0 +1,164 @@
+import assert from "node:assert/strict";
+import { Fd, KVM_EXIT, Mapping } from "../../ffi/mod.ts";
+import { ENTRY_LAYOUT } from "./thread.ts";
+import { Kvm, type Vcpu, type Vm } from "./vm.ts";
+
+function whyNot(): string | undefined {
+  if (Deno.build.os !== "linux" || Deno.build.arch !== "x86_64") return "not Linux on x86-64";
+  try {
+    Deno.openSync("/dev/kvm", { read: true, write: true }).close();
+    return undefined;
+  } catch (error) {
+    return `/dev/kvm: ${error instanceof Error ? error.message.split(":")[0] : error}`;
+  }
+}
+
+const reason = whyNot();
+
+function kvmTest(name: string, run: () => void): void {
+  Deno.test({
+    name: reason === undefined ? name : `${name} (skipped: ${reason})`,
+    ignore: reason !== undefined,
+    fn: run,
+  });
+}
+
+const MEMORY = 0x10000;
+const BASE = 0x1000;
+
+/** A machine with one vCPU in real mode at the start of a payload. */
+class Guest implements Disposable {
+  readonly kvm = new Kvm();
+  readonly memory = new Mapping(MEMORY);
+  readonly vm: Vm;
+  readonly vcpu: Vcpu;
+
+  constructor(payload: readonly number[], options: { irqchip?: boolean; flags?: number } = {}) {
+    this.vm = this.kvm.createVm(options);
+    new Uint8Array(this.memory.buffer).set(payload, BASE);
+    this.vm.setMemory(0, 0, this.memory, options.flags ?? 0);
+    this.vcpu = this.vm.createVcpu();
+    this.vcpu.changeSystemRegisters((registers) => {
+      // Code segment 0: base and selector.
+      for (let byte = 0; byte < 8; byte++) registers.set("cs", 0, byte);
+      registers.set("cs", 0, 12);
+      registers.set("cs", 0, 13);
+    });
+    this.vcpu.setRegisters({ rip: BASE, rflags: 2, rax: 0x41 });
+  }
+
+  /** Goes on until the next exit and gives its reason. */
+  next(): number {
+    this.vcpu.resume();
+    const result = this.vcpu.wait(20_000);
+    assert.equal(result, 0, `KVM_RUN returned ${result}`);
+    return Number(this.vcpu.run.get("exit_reason"));
+  }
+
+  [Symbol.dispose](): void {
+    this.vm[Symbol.dispose]();
+    this.memory[Symbol.dispose]();
+    this.kvm[Symbol.dispose]();
+  }
+}
+
+Deno.test("the threads' code jumps to where it waits", () => {
+  assert.deepEqual(ENTRY_LAYOUT.jumps, [ENTRY_LAYOUT.wait, ENTRY_LAYOUT.wait]);
+});
+
+kvmTest("a payload writes to a port and halts", () => {
+  // mov dx, 0x3f8; out dx, al; inc al; out dx, al; hlt
+  using guest = new Guest([0xba, 0xf8, 0x03, 0xee, 0xfe, 0xc0, 0xee, 0xf4]);
+  const written: number[] = [];
+  for (let round = 0; round < 2; round++) {
+    assert.equal(guest.next(), KVM_EXIT.IO);
+    assert.equal(guest.vcpu.run.get("io.port"), 0x3f8n);
+    written.push(guest.vcpu.runPage[Number(guest.vcpu.run.get("io.data_offset"))]!);
+  }
+  assert.deepEqual(written, [0x41, 0x42]);
+  assert.equal(guest.next(), KVM_EXIT.HLT);
+  assert.equal(guest.vcpu.registers().get("rax") & 0xffn, 0x42n);
+});
+
+kvmTest("a payload reads what a port gives", () => {
+  // mov dx, 0x71; in al, dx; mov [0x2000], al; hlt
+  using guest = new Guest([0xba, 0x71, 0x00, 0xec, 0xa2, 0x00, 0x20, 0xf4]);
+  assert.equal(guest.next(), KVM_EXIT.IO);
+  guest.vcpu.runPage[Number(guest.vcpu.run.get("io.data_offset"))] = 0x99;
+  assert.equal(guest.next(), KVM_EXIT.HLT);
+  assert.equal(new Uint8Array(guest.memory.buffer)[0x2000], 0x99);
+});
+
+kvmTest("an access outside of memory exits with its address", () => {
+  // mov ax, 0x2000; mov ds, ax; mov byte [0x10], 0x5a; hlt: address 0x20010 is beyond the memory
+  using guest = new Guest([0xb8, 0x00, 0x20, 0x8e, 0xd8, 0xc6, 0x06, 0x10, 0x00, 0x5a, 0xf4]);
+  assert.equal(guest.next(), KVM_EXIT.MMIO);
+  assert.equal(guest.vcpu.run.get("mmio.phys_addr"), 0x20010n);
+  assert.equal(guest.vcpu.run.get("mmio.is_write"), 1n);
+  assert.equal(guest.vcpu.run.get("mmio.data"), 0x5an);
+  assert.equal(guest.next(), KVM_EXIT.HLT);
+});
+
+kvmTest("an ioeventfd takes a write without an exit", () => {
+  // mov dx, 0x500; out dx, al; hlt
+  using guest = new Guest([0xba, 0x00, 0x05, 0xee, 0xf4]);
+  using event = Fd.event();
+  using epoll = Fd.epoll();
+  using memory = new Mapping(4096);
+  epoll.watch(event);
+  guest.vm.setIoEvent(event, { address: 0x500, length: 1, isPort: true });
+  assert.equal(epoll.poll(memory.pointer, 0), false);
+  assert.equal(guest.next(), KVM_EXIT.HLT);
+  assert.equal(epoll.poll(memory.pointer, 0), true);
+});
+
+kvmTest("a kick takes a vCPU out of an endless loop, and it goes on afterwards", () => {
+  // loop: inc word [0x2000]; jmp loop
+  using guest = new Guest([0xff, 0x06, 0x00, 0x20, 0xeb, 0xfa]);
+  const count = new Uint16Array(guest.memory.buffer, 0x2000, 1);
+  for (let round = 0; round < 20; round++) {
+    const before = Atomics.load(count, 0);
+    guest.vcpu.resume();
+    while (Atomics.load(count, 0) === before);
+    assert.equal(guest.vcpu.wait(1), undefined);
+    guest.vcpu.kick();
+    assert.equal(guest.vcpu.wait(20_000), -4);
+    guest.vcpu.run.set("immediate_exit", 0);
+  }
+});
+
+kvmTest("immediate_exit keeps a vCPU from entering the guest", () => {
+  using guest = new Guest([0xf4]);
+  guest.vcpu.run.set("immediate_exit", 1);
+  guest.vcpu.resume();
+  assert.equal(guest.vcpu.wait(20_000), -4);
+  guest.vcpu.run.set("immediate_exit", 0);
+  assert.equal(guest.next(), KVM_EXIT.HLT);
+});
+
+kvmTest("many machines in turn leave no descriptor and no memory", () => {
+  const run = () => {
+    using guest = new Guest([0xba, 0xf8, 0x03, 0xee, 0xf4]);
+    assert.equal(guest.next(), KVM_EXIT.IO);
+  };
+  run();
+  const descriptors = () => [...Deno.readDirSync("/proc/self/fd")].length;
+  const maps = () => Deno.readTextFileSync("/proc/self/maps").split("\n").length;
+  const threads = () => [...Deno.readDirSync("/proc/self/task")].length;
+  const before = [descriptors(), threads()];
+  const mapped = maps();
+  for (let round = 0; round < 50; round++) run();
+  // KVM ends kernel threads of its own a moment later.
+  for (let attempt = 0; attempt < 200 && threads() > before[1]!; attempt++) {
+    Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 10);
+  }
+  assert.deepEqual([descriptors(), threads()], before);
+  assert.ok(maps() - mapped < 25, `${maps() - mapped} more mappings after 50 machines`);
+});
+
+kvmTest("a running machine can be given up", () => {
+  // jmp self
+  const guest = new Guest([0xeb, 0xfe]);
+  guest.vcpu.resume();
+  guest[Symbol.dispose]();
+});
