@@ -33,7 +33,9 @@ export const MAP_NORESERVE = 0x4000;
 
 const EPOLLIN = 1;
 const EPOLL_CTL_ADD = 1;
+const EPOLL_CTL_DEL = 2;
 const EINTR = 4;
+const EAGAIN = 11;
 
 /** A file descriptor that is closed when disposed. */
 export class Fd implements Disposable {
@@ -154,17 +156,42 @@ export class Fd implements Disposable {
   }
 
   /**
+   * Lets this epoll instance watch something no more.
+   *
+   * @param fd What it watched
+   */
+  unwatch(fd: Fd): void {
+    check(libc().epoll_ctl(this.number, EPOLL_CTL_DEL, fd.number, null), "epoll_ctl(EPOLL_CTL_DEL)");
+  }
+
+  /**
    * Waits, on this thread, until something that this epoll instance watches has input.
    *
-   * @param events Memory for one `struct epoll_event`
+   * @param events Memory for as many `struct epoll_event`
    * @param timeout Milliseconds; -1 for ever
-   * @returns Whether something has
+   * @param count How many events to take at most
+   * @returns How many there are; 0 after the timeout, and after a signal
    */
-  poll(events: Deno.PointerObject, timeout: number): boolean {
-    const count = libc().epoll_wait(this.number, events, 1, timeout);
-    // A signal to another thread of this process may interrupt the wait.
-    if (count < 0 && errno() === EINTR) return false;
-    return check(count, "epoll_wait()") > 0;
+  poll(events: Deno.PointerObject, timeout: number, count = 1): number {
+    const found = libc().epoll_wait(this.number, events, count, timeout);
+    return found < 0 && errno() === EINTR ? 0 : check(found, "epoll_wait()");
+  }
+
+  /** Adds one to this eventfd. */
+  signal(): void {
+    check(libc().eventfd_write(this.number, 1n), "eventfd_write()");
+  }
+
+  /**
+   * Takes what this eventfd has counted.
+   *
+   * @returns The count; 0 where there is none
+   */
+  drain(): bigint {
+    const count = new BigUint64Array(1);
+    const result = libc().eventfd_read(this.number, new Uint8Array(count.buffer));
+    if (result < 0 && errno() !== EAGAIN) check(result, "eventfd_read()");
+    return count[0]!;
   }
 
   /** Closes it. */

@@ -41,6 +41,10 @@ export const LIBC_SYMBOLS = {
   ftruncate: { parameters: ["i32", "i64"], result: "i32" },
   /** `int eventfd(unsigned int initial, int flags)` */
   eventfd: { parameters: ["u32", "i32"], result: "i32" },
+  /** `int eventfd_read(int fd, eventfd_t *value)` */
+  eventfd_read: { parameters: ["i32", "buffer"], result: "i32" },
+  /** `int eventfd_write(int fd, eventfd_t value)` */
+  eventfd_write: { parameters: ["i32", "u64"], result: "i32" },
   /** `int epoll_create1(int flags)` */
   epoll_create1: { parameters: ["i32"], result: "i32" },
   /** `int epoll_ctl(int epfd, int op, int fd, struct epoll_event *event)` */

@@ -17,11 +17,11 @@ import {
   kvmRun,
   kvmSregs,
   kvmUserspaceMemoryRegion,
-  libc,
   Mapping,
   Struct,
 } from "../../ffi/mod.ts";
 import { MachineError } from "../errors.ts";
+import { ExitLoop } from "./exit_loop.ts";
 import { VcpuThread } from "./thread.ts";
 
 /** The one version of the interface that ever was since Linux 2.6.22. */
@@ -201,12 +201,11 @@ export class Vcpu implements Disposable {
   readonly run: Struct<typeof kvmRun.fields>;
   /** The bytes of that page, for data of port accesses. */
   readonly runPage: Uint8Array<ArrayBuffer>;
+  /** Counts its exits, for an {@linkcode ExitLoop}. */
+  readonly event: Fd;
   readonly #fd: Fd;
   readonly #mapping: Mapping;
-  readonly #event: Fd;
   readonly #thread: VcpuThread;
-  readonly #count: Mapping;
-  readonly #epoll: Fd;
   #isRunning = false;
 
   /**
@@ -220,11 +219,8 @@ export class Vcpu implements Disposable {
     this.#mapping = new Mapping(runSize, { fd });
     this.run = new Struct(kvmRun, this.#mapping.buffer);
     this.runPage = new Uint8Array(this.#mapping.buffer);
-    this.#event = Fd.event();
-    this.#count = new Mapping(4096);
-    this.#epoll = Fd.epoll();
-    this.#epoll.watch(this.#event);
-    this.#thread = new VcpuThread(fd, this.#event);
+    this.event = Fd.event();
+    this.#thread = new VcpuThread(fd, this.event);
   }
 
   /**
@@ -266,14 +262,12 @@ export class Vcpu implements Disposable {
   }
 
   /**
-   * Waits until it exits, on this thread.
+   * Takes an exit that an {@linkcode ExitLoop} has told of. The vCPU is stopped from then on.
    *
-   * @param timeout Milliseconds
-   * @returns What `KVM_RUN` returned, 0 or a negative error number; undefined after the timeout
+   * @returns What `KVM_RUN` returned, 0 or a negative error number; undefined where it still runs
    */
-  wait(timeout: number): number | undefined {
-    if (!this.#epoll.poll(this.#count.at(64), timeout)) return undefined;
-    libc().read(this.#event.number, this.#count.pointer, 8n);
+  take(): number | undefined {
+    if (this.event.drain() === 0n) return undefined;
     this.#isRunning = false;
     return this.#thread.result;
   }
@@ -287,16 +281,19 @@ export class Vcpu implements Disposable {
   /** Stops it and gives everything back. */
   [Symbol.dispose](): void {
     if (this.#fd.isClosed) return;
-    // The first kick may come before the thread has said its number.
-    while (this.#isRunning) {
-      this.kick();
-      this.wait(100);
+    if (this.#isRunning) {
+      using loop = new ExitLoop();
+      loop.add(this);
+      // The first kick may come before the thread has said its number.
+      while (this.#isRunning) {
+        this.kick();
+        loop.poll(100);
+        this.take();
+      }
     }
     this.#thread[Symbol.dispose]();
     this.#mapping[Symbol.dispose]();
-    this.#count[Symbol.dispose]();
-    this.#epoll[Symbol.dispose]();
-    this.#event[Symbol.dispose]();
+    this.event[Symbol.dispose]();
     this.#fd[Symbol.dispose]();
   }
 }

@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { Fd, KVM_EXIT, Mapping } from "../../ffi/mod.ts";
+import { ExitLoop } from "./exit_loop.ts";
 import { ENTRY_LAYOUT } from "./thread.ts";
 import { Kvm, type Vcpu, type Vm } from "./vm.ts";
 
@@ -15,7 +16,7 @@ function whyNot(): string | undefined {
 
 const reason = whyNot();
 
-function kvmTest(name: string, run: () => void): void {
+function kvmTest(name: string, run: () => void | Promise<void>): void {
   Deno.test({
     name: reason === undefined ? name : `${name} (skipped: ${reason})`,
     ignore: reason !== undefined,
@@ -30,6 +31,7 @@ const BASE = 0x1000;
 class Guest implements Disposable {
   readonly kvm = new Kvm();
   readonly memory = new Mapping(MEMORY);
+  readonly loop = new ExitLoop();
   readonly vm: Vm;
   readonly vcpu: Vcpu;
 
@@ -38,6 +40,7 @@ class Guest implements Disposable {
     new Uint8Array(this.memory.buffer).set(payload, BASE);
     this.vm.setMemory(0, 0, this.memory, options.flags ?? 0);
     this.vcpu = this.vm.createVcpu();
+    this.loop.add(this.vcpu);
     this.vcpu.changeSystemRegisters((registers) => {
       // Code segment 0: base and selector.
       for (let byte = 0; byte < 8; byte++) registers.set("cs", 0, byte);
@@ -50,12 +53,19 @@ class Guest implements Disposable {
   /** Goes on until the next exit and gives its reason. */
   next(): number {
     this.vcpu.resume();
-    const result = this.vcpu.wait(20_000);
+    const result = this.wait(20_000);
     assert.equal(result, 0, `KVM_RUN returned ${result}`);
     return Number(this.vcpu.run.get("exit_reason"));
   }
 
+  /** What `KVM_RUN` returned; undefined after the timeout. */
+  wait(timeout: number): number | undefined {
+    return this.loop.poll(timeout)[0]?.take();
+  }
+
   [Symbol.dispose](): void {
+    this.loop.remove(this.vcpu);
+    this.loop[Symbol.dispose]();
     this.vm[Symbol.dispose]();
     this.memory[Symbol.dispose]();
     this.kvm[Symbol.dispose]();
@@ -107,9 +117,10 @@ kvmTest("an ioeventfd takes a write without an exit", () => {
   using memory = new Mapping(4096);
   epoll.watch(event);
   guest.vm.setIoEvent(event, { address: 0x500, length: 1, isPort: true });
-  assert.equal(epoll.poll(memory.pointer, 0), false);
+  assert.equal(epoll.poll(memory.pointer, 0), 0);
   assert.equal(guest.next(), KVM_EXIT.HLT);
-  assert.equal(epoll.poll(memory.pointer, 0), true);
+  assert.equal(epoll.poll(memory.pointer, 0), 1);
+  assert.equal(event.drain(), 1n);
 });
 
 kvmTest("a kick takes a vCPU out of an endless loop, and it goes on afterwards", () => {
@@ -120,9 +131,9 @@ kvmTest("a kick takes a vCPU out of an endless loop, and it goes on afterwards",
     const before = Atomics.load(count, 0);
     guest.vcpu.resume();
     while (Atomics.load(count, 0) === before);
-    assert.equal(guest.vcpu.wait(1), undefined);
+    assert.equal(guest.wait(1), undefined);
     guest.vcpu.kick();
-    assert.equal(guest.vcpu.wait(20_000), -4);
+    assert.equal(guest.wait(20_000), -4);
     guest.vcpu.run.set("immediate_exit", 0);
   }
 });
@@ -131,7 +142,7 @@ kvmTest("immediate_exit keeps a vCPU from entering the guest", () => {
   using guest = new Guest([0xf4]);
   guest.vcpu.run.set("immediate_exit", 1);
   guest.vcpu.resume();
-  assert.equal(guest.vcpu.wait(20_000), -4);
+  assert.equal(guest.wait(20_000), -4);
   guest.vcpu.run.set("immediate_exit", 0);
   assert.equal(guest.next(), KVM_EXIT.HLT);
 });
@@ -161,4 +172,72 @@ kvmTest("a running machine can be given up", () => {
   const guest = new Guest([0xeb, 0xfe]);
   guest.vcpu.resume();
   guest[Symbol.dispose]();
+});
+
+kvmTest("one loop serves the vCPUs of many machines, and waits without holding up the thread", async () => {
+  const guests = Array.from({ length: 10 }, () => new Guest([0xba, 0xf8, 0x03, 0xee, 0xeb, 0xfd]));
+  const loop = new ExitLoop();
+  for (const { vcpu } of guests) loop.add(vcpu);
+  const exits = new Map<unknown, number>();
+  for (const { vcpu } of guests) vcpu.resume();
+  let ticks = 0;
+  const timer = setInterval(() => ticks++, 1);
+  while ([...exits.values()].filter((count) => count >= 20).length < guests.length) {
+    for (const vcpu of await loop.wait()) {
+      assert.equal(vcpu.take(), 0);
+      const count = (exits.get(vcpu) ?? 0) + 1;
+      exits.set(vcpu, count);
+      if (count < 20) vcpu.resume();
+    }
+  }
+  const idle = loop.wait();
+  await new Promise((resolve) => setTimeout(resolve, 20));
+  loop.wake();
+  assert.deepEqual(await idle, []);
+  clearInterval(timer);
+  assert.ok(ticks > 0);
+  for (const guest of guests) {
+    loop.remove(guest.vcpu);
+    guest[Symbol.dispose]();
+  }
+  loop[Symbol.dispose]();
+});
+
+kvmTest("a payload goes to protected mode and writes to memory above its segment", () => {
+  // lgdt [cs:0x1040]; mov eax, cr0; or al, 1; mov cr0, eax; jmp 8:0x1020
+  const payload = new Array<number>(0x80).fill(0xf4);
+  const put = (at: number, ...bytes: number[]) => bytes.forEach((byte, index) => payload[at + index] = byte);
+  put(
+    0,
+    0xfa,
+    0x2e,
+    0x0f,
+    0x01,
+    0x16,
+    0x40,
+    0x10,
+    0x0f,
+    0x20,
+    0xc0,
+    0x0c,
+    0x01,
+    0x0f,
+    0x22,
+    0xc0,
+    0xea,
+    0x20,
+    0x10,
+    8,
+    0,
+  );
+  // mov ax, 16; mov ds, ax; mov dword [0x8000], 0x12345678; mov dx, 0x3f8; out dx, eax; hlt
+  put(0x20, 0x66, 0xb8, 16, 0, 0x8e, 0xd8, 0xc7, 0x05, 0x00, 0x80, 0, 0, 0x78, 0x56, 0x34, 0x12);
+  put(0x30, 0x66, 0xba, 0xf8, 0x03, 0xef, 0xf4);
+  put(0x40, 23, 0, 0x50, 0x10, 0, 0);
+  put(0x50, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 0, 0, 0, 0x9b, 0xcf, 0, 0xff, 0xff, 0, 0, 0, 0x93, 0xcf, 0);
+  using guest = new Guest(payload);
+  assert.equal(guest.next(), KVM_EXIT.IO);
+  assert.equal(guest.vcpu.run.get("io.size"), 4n);
+  assert.equal(new DataView(guest.memory.buffer).getUint32(0x8000, true), 0x12345678);
+  assert.equal(guest.next(), KVM_EXIT.HLT);
 });
