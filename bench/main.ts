@@ -11,6 +11,7 @@ const BENCHES: Readonly<Record<string, () => Promise<{ default: () => AsyncItera
   plan: () => import("./plan.ts"),
   start: () => import("./start.ts"),
   overhead: () => import("./overhead.ts"),
+  exit: () => import("./exit.ts"),
 };
 
 if (import.meta.main) {
