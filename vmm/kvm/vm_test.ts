@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { Fd, KVM_EXIT, Mapping } from "../../ffi/mod.ts";
+import { enterLongMode, writeLongModeTables } from "../boot/long_mode.ts";
 import { ExitLoop } from "./exit_loop.ts";
 import { ENTRY_LAYOUT } from "./thread.ts";
 import { Kvm, type Vcpu, type Vm } from "./vm.ts";
@@ -239,5 +240,19 @@ kvmTest("a payload goes to protected mode and writes to memory above its segment
   assert.equal(guest.next(), KVM_EXIT.IO);
   assert.equal(guest.vcpu.run.get("io.size"), 4n);
   assert.equal(new DataView(guest.memory.buffer).getUint32(0x8000, true), 0x12345678);
+  assert.equal(guest.next(), KVM_EXIT.HLT);
+});
+
+kvmTest("a payload runs in long mode from its first instruction", () => {
+  // mov rax, 0x1122334455667788; mov [0x8000], rax; mov dx, 0x3f8; out dx, al; hlt
+  using guest = new Guest([
+    ...[0x48, 0xb8, 0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11],
+    ...[0x48, 0x89, 0x04, 0x25, 0x00, 0x80, 0x00, 0x00],
+    ...[0x66, 0xba, 0xf8, 0x03, 0xee, 0xf4],
+  ]);
+  writeLongModeTables(guest.memory.buffer);
+  guest.vcpu.changeSystemRegisters(enterLongMode);
+  assert.equal(guest.next(), KVM_EXIT.IO);
+  assert.equal(new DataView(guest.memory.buffer).getBigUint64(0x8000, true), 0x1122_3344_5566_7788n);
   assert.equal(guest.next(), KVM_EXIT.HLT);
 });
