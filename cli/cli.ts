@@ -36,6 +36,9 @@ export async function cli(stack: Stack, options: CliOptions = {}): Promise<never
   });
 }
 
+/** How soon after a signal another one counts as the same, in milliseconds. */
+const REPEAT_MILLISECONDS = 500;
+
 /**
  * Runs one command with this process's streams and signals, and ends the process.
  *
@@ -48,8 +51,12 @@ export async function runProcess(
 ): Promise<never> {
   const io = processIo();
   const controller = new AbortController();
+  let since = 0;
   const interrupt = () => {
+    // A wrapper such as npx passes on what the terminal has sent to the whole group already.
+    if (controller.signal.aborted && performance.now() - since < REPEAT_MILLISECONDS) return;
     if (controller.signal.aborted) Deno.exit(130);
+    since = performance.now();
     io.err("\nInterrupted: stopping at the next safe point; press Ctrl-C again to stop at once\n");
     controller.abort(new Error("Interrupted"));
   };

@@ -98,7 +98,7 @@ export async function run(args: readonly string[], context: RunContext): Promise
   } catch (error) {
     if (context.signal.aborted && !(error instanceof PlannerError)) return 130;
     report(error, isJson, context);
-    return 1;
+    return context.signal.aborted ? 130 : 1;
   }
 }
 

@@ -92,7 +92,7 @@ export async function apply(plan: Plan, options: ApplyOptions): Promise<ApplyRes
   } finally {
     run.finish();
   }
-  if (options.signal?.aborted && run.remaining > 0) {
+  if (options.signal?.aborted && (run.remaining > 0 || run.failures.size > 0)) {
     throw new PlannerError(
       `Interrupted: ${run.completed.length} of ${plan.operations.length} operations are done and on record: run apply again to continue`,
     );

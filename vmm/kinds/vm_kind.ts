@@ -604,7 +604,9 @@ class Driver {
     for (const engine of this.#options.engines) {
       const machine = engine.attach(request.id);
       const { state } = await machine.status();
-      if (state === "running") await machine.shutdown(parseDuration(request.props.shutdownTimeout), request);
+      if (state === "running" || state === "paused") {
+        await machine.shutdown(parseDuration(request.props.shutdownTimeout), request);
+      }
       await machine.destroy();
     }
     await removeIfThere(machineFolder(this.#options.paths, request.id));
