@@ -127,7 +127,7 @@ export interface MachineStatus {
   readonly address: string;
   /** Process that runs it, where one does. */
   readonly pid?: number;
-  /** Why it crashed, where it did. */
+  /** Why it crashed or ended, where that is known. */
   readonly detail?: string;
 }
 

@@ -89,7 +89,9 @@ async function requireRunning(machine: Machine): Promise<void> {
     "; ",
   );
   throw new MachineError(
-    `the machine ${state === "crashed" ? `crashed (${detail})` : "ended"} before it was ready` +
+    `the machine ${state === "crashed" ? "crashed" : "ended"}${
+      detail ? ` (${detail})` : ""
+    } before it was ready` +
       `${log === "" ? "" : `; the engine said: ${log}`}${await consoleTail(machine)}`,
   );
 }

@@ -44,6 +44,8 @@ import {
 import { Qmp } from "./qmp.ts";
 
 const DEFAULT_BINARY = "qemu-system-x86_64";
+/** What is known of a machine whose QEMU left its pid file behind. */
+const ABNORMAL_END = "QEMU ended abnormally: it crashed or was killed, or the host was restarted";
 /** How long a guest may take to follow its balloon, in milliseconds. */
 const BALLOON_TIMEOUT = 120_000;
 /** How long a guest may take to let go of a device, in milliseconds. */
@@ -223,7 +225,15 @@ export class QemuMachine implements Machine {
     const spec = await this.spec();
     const known = { id: this.id, stack: spec?.stack ?? "", address: spec?.address ?? "" };
     const pid = await this.#pid();
-    if (pid === undefined) return { ...known, state: spec ? "stopped" : "absent" };
+    if (pid === undefined) {
+      // QEMU removes its pid file when it ends in order.
+      const isAbnormal = spec !== undefined && await exists(this.#files.pid);
+      return {
+        ...known,
+        state: spec ? "stopped" : "absent",
+        ...(isAbnormal ? { detail: ABNORMAL_END } : {}),
+      };
+    }
     const panic = await this.#panic();
     if (panic !== undefined) return { ...known, pid, state: "crashed", detail: panic };
     try {
