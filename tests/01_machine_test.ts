@@ -98,7 +98,7 @@ realTest("a machine is declared, planned, applied, changed, repaired and destroy
   Deno.kill(pid!, "SIGKILL");
   while ((await place.processes()).length > 0) await new Promise((resolve) => setTimeout(resolve, 50));
   const gone = await place.run(["exec", "web", "--", "true"], { code: 1 });
-  assert.match(gone.stderr, /the machine is stopped: start it with apply/);
+  assert.match(gone.stderr, /the machine is stopped \(QEMU ended abnormally.*\): start it with apply/);
   // After a reboot of the host, the number in its file may belong to any other process.
   const pidFile = (await place.leftovers()).find((path) => path.endsWith("qemu.pid"));
   await Deno.writeTextFile(`${place.home}/${pidFile}`, `${Deno.pid}\n`);
