@@ -76,7 +76,9 @@ async function waitForProbe(
       last = failure;
     } catch (error) {
       options.signal?.throwIfAborted();
-      last = signal.aborted ? "it took too long" : error instanceof Error ? error.message : String(error);
+      // A try that was cut short by the end of the wait says less than the one before it.
+      if (!signal.aborted) last = error instanceof Error ? error.message : String(error);
+      else if (left >= TRY_LIMIT || round === 0) last = "it took too long";
     }
     await new Promise((resolve) => setTimeout(resolve, Math.min(INTERVAL, left)));
   }
