@@ -81,13 +81,17 @@ export const FLAGS: Readonly<Record<string, Flag>> = {
 
 const COMMON = ["state", "var", "help"];
 const LOCKING = ["lock", "lock-timeout"];
-const PLANNING = [
+/** Flags that say how a plan is made; a saved plan is applied without them. */
+export const PLAN_FLAGS: readonly string[] = [
   "target",
   "exclude",
   "replace",
   "refresh",
   "refresh-only",
   "max-disruption",
+];
+const PLANNING = [
+  ...PLAN_FLAGS,
   "json",
   ...LOCKING,
   ...COMMON,

@@ -40,7 +40,7 @@ import {
 import type { Engine, ImageBuilder, KernelBuilder } from "../vmm/mod.ts";
 import type { Io } from "./io.ts";
 import { JsonUi } from "./json_ui.ts";
-import { helpText, type Invocation, parseInvocation, UsageError } from "./options.ts";
+import { helpText, type Invocation, parseInvocation, PLAN_FLAGS, UsageError } from "./options.ts";
 import { liveProgress, plainProgress } from "./progress.ts";
 import { renderPlan, renderRecord } from "./render.ts";
 import { makeStyle, shortTime, shortValue, type Style } from "./style.ts";
@@ -312,17 +312,7 @@ class Session {
     const file = words[0];
     const saved = file === undefined ? undefined : readPlanFile(file);
     if (saved) {
-      const extra = [
-        "target",
-        "exclude",
-        "replace",
-        "refresh",
-        "refresh-only",
-        "max-disruption",
-        "destroy",
-        "var",
-      ]
-        .filter((name) => flags[name] !== undefined);
+      const extra = [...PLAN_FLAGS, "destroy", "var"].filter((name) => flags[name] !== undefined);
       if (extra.length > 0) {
         throw new UsageError(`A saved plan is applied as it is: "--${extra[0]}" goes with making a plan`);
       }
