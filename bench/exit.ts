@@ -5,7 +5,7 @@
  */
 
 import { Mapping } from "../ffi/mod.ts";
-import { ExitLoop } from "../vmm/kvm/exit_loop.ts";
+import { EventLoop } from "../vmm/event_loop.ts";
 import { Kvm, type Vcpu, type Vm } from "../vmm/kvm/vm.ts";
 import { compared, type Figure, median, rounded } from "./figure.ts";
 
@@ -71,21 +71,21 @@ function makeGuest(kvm: Kvm): Guest {
 }
 
 /** Microseconds an exit, with a thread that does nothing else. */
-function blocking(loop: ExitLoop, vcpu: Vcpu): number {
+function blocking(loop: EventLoop, vcpu: Vcpu): number {
   const start = performance.now();
   for (let count = 0; count < EXITS; count++) {
     vcpu.resume();
-    loop.poll(1000)[0]!.take();
+    loop.poll(1000);
   }
   return (performance.now() - start) / EXITS * 1000;
 }
 
 /** The same, with a thread that other work can use meanwhile. */
-async function waiting(loop: ExitLoop, vcpu: Vcpu): Promise<number> {
+async function waiting(loop: EventLoop, vcpu: Vcpu): Promise<number> {
   const start = performance.now();
   for (let count = 0; count < EXITS; count++) {
     vcpu.resume();
-    (await loop.wait())[0]!.take();
+    await loop.wait();
   }
   return (performance.now() - start) / EXITS * 1000;
 }
@@ -109,8 +109,8 @@ export default async function* exit(): AsyncIterable<Figure> {
   try {
     const peer = await compilePeer(folder);
     const { vm, vcpu } = makeGuest(kvm);
-    const loop = new ExitLoop();
-    loop.add(vcpu);
+    const loop = new EventLoop();
+    loop.watch(vcpu.event, () => void vcpu.take());
     const series: Record<"blocking" | "waiting" | "peer", number[]> = { blocking: [], waiting: [], peer: [] };
     for (let round = 0; round <= ROUNDS; round++) {
       const a = blocking(loop, vcpu);
@@ -140,7 +140,7 @@ export default async function* exit(): AsyncIterable<Figure> {
       guest.vm[Symbol.dispose]();
       guest.memory[Symbol.dispose]();
     }
-    loop.remove(vcpu);
+    loop.unwatch(vcpu.event);
     loop[Symbol.dispose]();
     vm[Symbol.dispose]();
   } finally {

@@ -83,6 +83,8 @@ export const KVM_CAP = {
   XCRS: 56,
   MAX_VCPUS: 66,
   SIGNAL_MSI: 77,
+  READONLY_MEM: 81,
+  TSC_DEADLINE_TIMER: 72,
   MAX_VCPU_ID: 128,
   IMMEDIATE_EXIT: 136,
 } as const;

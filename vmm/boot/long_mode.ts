@@ -27,8 +27,11 @@ const SEGMENTS = {
   data: { selector: 0x10, bits: 0xc093 },
   task: { selector: 0x18, bits: 0x808b },
 } as const;
+/** The same for 32-bit code. */
+const CODE_32 = { selector: 0x08, bits: 0xc09b } as const;
 
 const CR0_PE = 1n;
+const CR0_ET = 1n << 4n;
 const CR0_PG = 1n << 31n;
 const CR4_PAE = 1n << 5n;
 const EFER_LME = 1n << 8n;
@@ -67,15 +70,11 @@ export function writeLongModeTables(memory: ArrayBuffer): void {
   }
 }
 
-/**
- * Puts a vCPU into long mode with these tables.
- *
- * @param registers Its system registers
- */
-export function enterLongMode(registers: Struct<typeof kvmSregs.fields>): void {
-  const { gdt, idt, pml4 } = LONG_MODE_LAYOUT;
-  const segment = (name: "cs" | "ds" | "es" | "fs" | "gs" | "ss" | "tr", entry: keyof typeof SEGMENTS) => {
-    const { selector, bits } = SEGMENTS[entry];
+type SystemRegisters = Struct<typeof kvmSregs.fields>;
+type Descriptor = { readonly selector: number; readonly bits: number };
+
+function setSegments(registers: SystemRegisters, code: Descriptor): void {
+  const segment = (name: "cs" | "ds" | "es" | "fs" | "gs" | "ss" | "tr", { selector, bits }: Descriptor) => {
     const struct = new Struct(kvmSegment).assign({
       base: 0,
       limit: 0xffff_ffff,
@@ -91,9 +90,19 @@ export function enterLongMode(registers: Struct<typeof kvmSregs.fields>): void {
     });
     struct.bytes.forEach((byte, index) => registers.set(name, byte, index));
   };
-  segment("cs", "code");
-  for (const name of ["ds", "es", "fs", "gs", "ss"] as const) segment(name, "data");
-  segment("tr", "task");
+  segment("cs", code);
+  for (const name of ["ds", "es", "fs", "gs", "ss"] as const) segment(name, SEGMENTS.data);
+  segment("tr", SEGMENTS.task);
+}
+
+/**
+ * Puts a vCPU into long mode with these tables.
+ *
+ * @param registers Its system registers
+ */
+export function enterLongMode(registers: SystemRegisters): void {
+  const { gdt, idt, pml4 } = LONG_MODE_LAYOUT;
+  setSegments(registers, SEGMENTS.code);
   registers.assign({
     "gdt.base": gdt,
     "gdt.limit": 4 * 8 - 1,
@@ -104,4 +113,15 @@ export function enterLongMode(registers: Struct<typeof kvmSregs.fields>): void {
     cr0: registers.get("cr0") | CR0_PE | CR0_PG,
     efer: registers.get("efer") | EFER_LME | EFER_LMA,
   });
+}
+
+/**
+ * Puts a vCPU into 32-bit protected mode without paging, as a PVH entry wants it. Segments are only in the registers: the
+ * kernel loads its own table before it loads a segment.
+ *
+ * @param registers Its system registers
+ */
+export function enterProtectedMode(registers: SystemRegisters): void {
+  setSegments(registers, CODE_32);
+  registers.assign({ cr0: CR0_PE | CR0_ET, cr4: 0, efer: 0 });
 }

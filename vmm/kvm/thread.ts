@@ -12,6 +12,7 @@ export const KICK_SIGNAL = 40;
 
 const SYS_FUTEX = 202n;
 const SYS_TGKILL = 234n;
+const SYS_SECCOMP = 317;
 const FUTEX_WAKE = 1;
 
 /** Offsets in a thread's context page. */
@@ -22,6 +23,7 @@ const CONTEXT = {
   result: 24, // i64: what KVM_RUN returned
   one: 32, // u64: 1, what is written to the eventfd
   tid: 40, // i32: number of the thread
+  filter: 48, // u64: address of a struct sock_fprog, or 0
 } as const;
 
 /** System V AMD64 code: `void *entry(void *context)`, with the context in rdi. Numbers are those of x86-64 system calls. */
@@ -30,6 +32,12 @@ const ENTRY: readonly number[] = [
   ...[0x48, 0x89, 0xfb], //                   mov rbx, rdi
   ...[0xb8, 186, 0, 0, 0, 0x0f, 0x05], //     mov eax, SYS_gettid; syscall
   ...[0x89, 0x43, CONTEXT.tid], //            mov [rbx+tid], eax
+  ...[0x48, 0x8b, 0x53, CONTEXT.filter], //   mov rdx, [rbx+filter]
+  ...[0x48, 0x85, 0xd2, 0x74, 23], //         test rdx, rdx; jz wait
+  ...[0xbf, 1, 0, 0, 0, 0x31, 0xf6], //       mov edi, SECCOMP_SET_MODE_FILTER; xor esi, esi
+  ...[0xb8, SYS_SECCOMP & 0xff, SYS_SECCOMP >> 8, 0, 0, 0x0f, 0x05], // mov eax, SYS_seccomp; syscall
+  ...[0x48, 0x89, 0x43, CONTEXT.result], //   mov [rbx+result], rax
+  ...[0x48, 0x85, 0xc0, 0x75, 60], //         test rax, rax; jnz say: it was refused, and nothing is run
   // wait:
   ...[0x8b, 0x43, CONTEXT.go], //             mov eax, [rbx+go]
   ...[0x85, 0xc0, 0x75, 20], //               test eax, eax; jnz told
@@ -46,6 +54,7 @@ const ENTRY: readonly number[] = [
   ...[0x31, 0xd2], //                         xor edx, edx
   ...[0xb8, 16, 0, 0, 0, 0x0f, 0x05], //      mov eax, SYS_ioctl; syscall
   ...[0x48, 0x89, 0x43, CONTEXT.result], //   mov [rbx+result], rax
+  // say:
   ...[0x8b, 0x7b, CONTEXT.event], //          mov edi, [rbx+event]
   ...[0x48, 0x8d, 0x73, CONTEXT.one], //      lea rsi, [rbx+one]
   ...[0xba, 8, 0, 0, 0], //                   mov edx, 8
@@ -54,7 +63,7 @@ const ENTRY: readonly number[] = [
   // out:
   ...[0x31, 0xc0, 0x5b, 0xc3], //             xor eax, eax; pop rbx; ret
 ];
-const WAIT = 14;
+const WAIT = 46;
 const HANDLER = ENTRY.length;
 
 /** Finds a jump's target, to check the table above. */
@@ -97,8 +106,9 @@ export class VcpuThread implements Disposable {
    *
    * @param vcpu Descriptor of the vCPU
    * @param event Eventfd that counts its exits
+   * @param filter Address of a `struct sock_fprog` that the thread lays on itself first; 0 for none
    */
-  constructor(vcpu: Fd, event: Fd) {
+  constructor(vcpu: Fd, event: Fd, filter = 0n) {
     const entry = entryPage();
     this.#context = new Mapping(4096);
     this.#words = new Int32Array(this.#context.buffer);
@@ -107,6 +117,7 @@ export class VcpuThread implements Disposable {
     this.#words[CONTEXT.vcpu / 4] = vcpu.number;
     this.#words[CONTEXT.event / 4] = event.number;
     this.#words[CONTEXT.one / 4] = 1;
+    new BigUint64Array(this.#context.buffer)[CONTEXT.filter / 8] = filter;
     const handle = new BigUint64Array(1);
     const error = libc().pthread_create(
       new Uint8Array(handle.buffer),

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { Fd, KVM_EXIT, Mapping } from "../../ffi/mod.ts";
 import { enterLongMode, writeLongModeTables } from "../boot/long_mode.ts";
-import { ExitLoop } from "./exit_loop.ts";
+import { EventLoop } from "../event_loop.ts";
 import { ENTRY_LAYOUT } from "./thread.ts";
 import { Kvm, type Vcpu, type Vm } from "./vm.ts";
 
@@ -32,7 +32,8 @@ const BASE = 0x1000;
 class Guest implements Disposable {
   readonly kvm = new Kvm();
   readonly memory = new Mapping(MEMORY);
-  readonly loop = new ExitLoop();
+  readonly loop = new EventLoop();
+  #result: number | undefined;
   readonly vm: Vm;
   readonly vcpu: Vcpu;
 
@@ -41,7 +42,7 @@ class Guest implements Disposable {
     new Uint8Array(this.memory.buffer).set(payload, BASE);
     this.vm.setMemory(0, 0, this.memory, options.flags ?? 0);
     this.vcpu = this.vm.createVcpu();
-    this.loop.add(this.vcpu);
+    this.loop.watch(this.vcpu.event, () => this.#result = this.vcpu.take());
     this.vcpu.changeSystemRegisters((registers) => {
       // Code segment 0: base and selector.
       for (let byte = 0; byte < 8; byte++) registers.set("cs", 0, byte);
@@ -61,11 +62,13 @@ class Guest implements Disposable {
 
   /** What `KVM_RUN` returned; undefined after the timeout. */
   wait(timeout: number): number | undefined {
-    return this.loop.poll(timeout)[0]?.take();
+    this.#result = undefined;
+    this.loop.poll(timeout);
+    return this.#result;
   }
 
   [Symbol.dispose](): void {
-    this.loop.remove(this.vcpu);
+    this.loop.unwatch(this.vcpu.event);
     this.loop[Symbol.dispose]();
     this.vm[Symbol.dispose]();
     this.memory[Symbol.dispose]();
@@ -177,28 +180,30 @@ kvmTest("a running machine can be given up", () => {
 
 kvmTest("one loop serves the vCPUs of many machines, and waits without holding up the thread", async () => {
   const guests = Array.from({ length: 10 }, () => new Guest([0xba, 0xf8, 0x03, 0xee, 0xeb, 0xfd]));
-  const loop = new ExitLoop();
-  for (const { vcpu } of guests) loop.add(vcpu);
+  const loop = new EventLoop();
   const exits = new Map<unknown, number>();
-  for (const { vcpu } of guests) vcpu.resume();
-  let ticks = 0;
-  const timer = setInterval(() => ticks++, 1);
-  while ([...exits.values()].filter((count) => count >= 20).length < guests.length) {
-    for (const vcpu of await loop.wait()) {
+  for (const { vcpu } of guests) {
+    loop.watch(vcpu.event, () => {
       assert.equal(vcpu.take(), 0);
       const count = (exits.get(vcpu) ?? 0) + 1;
       exits.set(vcpu, count);
       if (count < 20) vcpu.resume();
-    }
+    });
+  }
+  for (const { vcpu } of guests) vcpu.resume();
+  let ticks = 0;
+  const timer = setInterval(() => ticks++, 1);
+  while ([...exits.values()].filter((count) => count >= 20).length < guests.length) {
+    await loop.wait();
   }
   const idle = loop.wait();
   await new Promise((resolve) => setTimeout(resolve, 20));
   loop.wake();
-  assert.deepEqual(await idle, []);
+  assert.equal(await idle, 1);
   clearInterval(timer);
   assert.ok(ticks > 0);
   for (const guest of guests) {
-    loop.remove(guest.vcpu);
+    loop.unwatch(guest.vcpu.event);
     guest[Symbol.dispose]();
   }
   loop[Symbol.dispose]();
