@@ -66,6 +66,8 @@ const ENTRY_MASKED = 1;
 const MSIX_CONTROL = 2;
 /** Offsets in virtio's capability for access by configuration space. */
 const WINDOW = { bar: 4, offset: 8, length: 12, data: 16 } as const;
+/** Which of a function's capabilities it is. */
+const WINDOW_CAPABILITY = 4;
 const RING_FEATURES = VIRTIO_F_VERSION_1 | VIRTIO_F_INDIRECT_DESC | VIRTIO_F_EVENT_IDX;
 /** How often a device that must finish its work before a reset is looked at, in milliseconds. */
 const RESET_INTERVAL = 1;
@@ -191,15 +193,17 @@ export class VirtioPciFunction implements PciFunction, Disposable {
     const window = new Uint8Array(20);
     window[WINDOW.bar] = 0xff;
     window.fill(0xff, WINDOW.offset);
-    this.capabilities = [
-      msixCapability(vectors),
-      virtioCapability(1, PART.common, COMMON.size),
-      virtioCapability(2, PART.notify, Math.max(1, count) * NOTIFY_MULTIPLIER, NOTIFY_MULTIPLIER),
-      virtioCapability(3, PART.isr, 1),
-      virtioCapability(4, PART.device, device.config.length),
-      virtioCapability(5, 0, 0, 0),
+    const parts: [capability: Uint8Array, mask?: Uint8Array][] = [
+      [msixCapability(vectors), msixMask],
+      [virtioCapability(1, PART.common, COMMON.size)],
+      [virtioCapability(2, PART.notify, Math.max(1, count) * NOTIFY_MULTIPLIER, NOTIFY_MULTIPLIER)],
+      [virtioCapability(3, PART.isr, 1)],
+      [virtioCapability(5, 0, 0, 0), window],
     ];
-    this.capabilityMasks = [msixMask, undefined, undefined, undefined, undefined, window];
+    // Drivers refuse a configuration of no bytes.
+    if (device.config.length > 0) parts.push([virtioCapability(4, PART.device, device.config.length)]);
+    this.capabilities = parts.map(([capability]) => capability);
+    this.capabilityMasks = parts.map(([, mask]) => mask);
   }
 
   /** The device's status, as the guest sees it. */
@@ -287,7 +291,7 @@ export class VirtioPciFunction implements PciFunction, Disposable {
   capabilityWritten(index: number, offset: number): void {
     if (index === 0) {
       for (let vector = 0; vector < this.#vectors.length; vector++) this.#updateVector(vector);
-    } else if (index === 5) this.#useWindow(offset >= WINDOW.data);
+    } else if (index === WINDOW_CAPABILITY) this.#useWindow(offset >= WINDOW.data);
   }
 
   /**
@@ -567,7 +571,7 @@ export class VirtioPciFunction implements PciFunction, Disposable {
    */
   #useWindow(isWrite: boolean): void {
     const { config, capabilities, memory } = this.#slot;
-    const at = capabilities[5]!;
+    const at = capabilities[WINDOW_CAPABILITY]!;
     const offset = config.getUint32(at + WINDOW.offset, true);
     const length = config.getUint32(at + WINDOW.length, true);
     const isValid = config.getUint8(at + WINDOW.bar) === 0 &&
