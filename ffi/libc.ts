@@ -25,6 +25,26 @@ export const LIBC_SYMBOLS = {
   read: { parameters: ["i32", "pointer", "usize"], result: "isize" },
   /** `ssize_t write(int fd, const void *buffer, size_t count)` */
   write: { parameters: ["i32", "pointer", "usize"], result: "isize" },
+  /** `ssize_t readv(int fd, const struct iovec *iov, int iovcnt)`: Linux moves less than 2 GiB, so the result is no bigint */
+  readv: { parameters: ["i32", "buffer", "i32"], result: "i32" },
+  /** `ssize_t writev(int fd, const struct iovec *iov, int iovcnt)`, likewise */
+  writev: { parameters: ["i32", "buffer", "i32"], result: "i32" },
+  /** `int socket(int domain, int type, int protocol)` */
+  socket: { parameters: ["i32", "i32", "i32"], result: "i32" },
+  /** `int bind(int fd, const struct sockaddr *address, socklen_t length)` */
+  bind: { parameters: ["i32", "buffer", "u32"], result: "i32" },
+  /** `int listen(int fd, int backlog)` */
+  listen: { parameters: ["i32", "i32"], result: "i32" },
+  /** `int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)` */
+  accept4: { parameters: ["i32", "pointer", "pointer", "i32"], result: "i32" },
+  /** `int connect(int fd, const struct sockaddr *address, socklen_t length)` */
+  connect: { parameters: ["i32", "buffer", "u32"], result: "i32" },
+  /** `int shutdown(int fd, int how)` */
+  shutdown: { parameters: ["i32", "i32"], result: "i32" },
+  /** `ssize_t send(int fd, const void *buffer, size_t length, int flags)`: as with readv, the result is no bigint */
+  send: { parameters: ["i32", "buffer", "usize", "i32"], result: "i32" },
+  /** `ssize_t recv(int fd, void *buffer, size_t length, int flags)`, likewise */
+  recv: { parameters: ["i32", "buffer", "usize", "i32"], result: "i32" },
   /** `int ioctl(int fd, unsigned long request, unsigned long argument)` */
   ioctl: { parameters: ["i32", "u64", "u64"], result: "i32" },
   /** `int ioctl(int fd, unsigned long request, void *argument)` */
@@ -39,6 +59,46 @@ export const LIBC_SYMBOLS = {
   memfd_create: { parameters: ["buffer", "u32"], result: "i32" },
   /** `int ftruncate(int fd, off_t length)` */
   ftruncate: { parameters: ["i32", "i64"], result: "i32" },
+  /** `int fallocate(int fd, int mode, off_t offset, off_t length)` */
+  fallocate: { parameters: ["i32", "i32", "i64", "i64"], result: "i32" },
+  /** The same, on a thread of the blocking pool. Its error number is lost. */
+  fallocate_async: {
+    name: "fallocate",
+    parameters: ["i32", "i32", "i64", "i64"],
+    result: "i32",
+    nonblocking: true,
+  },
+  /** `off_t lseek(int fd, off_t offset, int whence)` */
+  lseek: { parameters: ["i32", "i64", "i32"], result: "i64" },
+  /** `int fcntl(int fd, int command, void *argument)` */
+  fcntl_buffer: { name: "fcntl", parameters: ["i32", "i32", "buffer"], result: "i32" },
+  /** `int statx(int dirfd, const char *path, int flags, unsigned int mask, struct statx *buffer)` */
+  statx: { parameters: ["i32", "buffer", "i32", "u32", "buffer"], result: "i32" },
+  /**
+   * `ssize_t preadv2(int fd, const struct iovec *iov, int iovcnt, off_t offset, int flags)`: Linux moves less than 2 GiB,
+   * so the result is no bigint
+   */
+  preadv2: { parameters: ["i32", "pointer", "i32", "i64", "i32"], result: "i32" },
+  /** The same, on a thread of the blocking pool. Its error number is lost. */
+  preadv2_async: {
+    name: "preadv2",
+    parameters: ["i32", "pointer", "i32", "i64", "i32"],
+    result: "i32",
+    nonblocking: true,
+  },
+  /** `ssize_t pwritev2(int fd, const struct iovec *iov, int iovcnt, off_t offset, int flags)`, likewise */
+  pwritev2: { parameters: ["i32", "pointer", "i32", "i64", "i32"], result: "i32" },
+  /** The same, on a thread of the blocking pool. Its error number is lost. */
+  pwritev2_async: {
+    name: "pwritev2",
+    parameters: ["i32", "pointer", "i32", "i64", "i32"],
+    result: "i32",
+    nonblocking: true,
+  },
+  /** `int fdatasync(int fd)` */
+  fdatasync: { parameters: ["i32"], result: "i32" },
+  /** The same, on a thread of the blocking pool. Its error number is lost. */
+  fdatasync_async: { name: "fdatasync", parameters: ["i32"], result: "i32", nonblocking: true },
   /** `int eventfd(unsigned int initial, int flags)` */
   eventfd: { parameters: ["u32", "i32"], result: "i32" },
   /** `int eventfd_read(int fd, eventfd_t *value)` */
@@ -58,6 +118,10 @@ export const LIBC_SYMBOLS = {
     result: "i32",
     nonblocking: true,
   },
+  /** `pid_t setsid(void)` */
+  setsid: { parameters: [], result: "i32" },
+  /** `int poll(struct pollfd *fds, nfds_t count, int timeout)` */
+  poll: { parameters: ["buffer", "u64", "i32"], result: "i32" },
   /** `int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*start)(void *), void *arg)` */
   pthread_create: { parameters: ["buffer", "pointer", "pointer", "pointer"], result: "i32" },
   /** `int pthread_join(pthread_t thread, void **result)` */
@@ -66,6 +130,12 @@ export const LIBC_SYMBOLS = {
   sigaction: { parameters: ["i32", "buffer", "pointer"], result: "i32" },
   /** `long syscall(SYS_tgkill, pid_t tgid, pid_t tid, int signal)` */
   tgkill: { name: "syscall", parameters: ["i64", "i32", "i32", "i32"], result: "i64" },
+  /** `long syscall(SYS_seccomp, unsigned int operation, unsigned int flags, void *args)` */
+  seccomp: { name: "syscall", parameters: ["i64", "u32", "u32", "u64"], result: "i64" },
+  /** `long syscall(SYS_landlock_create_ruleset, const struct landlock_ruleset_attr *attr, size_t size, uint32_t flags)` */
+  landlock_create_ruleset: { name: "syscall", parameters: ["i64", "buffer", "usize", "u32"], result: "i64" },
+  /** `long syscall(SYS_landlock_add_rule, int ruleset_fd, enum landlock_rule_type, const void *attr, uint32_t flags)` */
+  landlock_add_rule: { name: "syscall", parameters: ["i64", "i32", "u32", "buffer", "u32"], result: "i64" },
   /** `long syscall(SYS_futex, uint32_t *address, int op, uint32_t value, const struct timespec *, uint32_t *, uint32_t)` */
   futex: {
     name: "syscall",
