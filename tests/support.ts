@@ -7,6 +7,7 @@
 import assert from "node:assert/strict";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
+import { Lab, type LabOptions } from "../tools/lab.ts";
 
 /** Root of the repository. */
 export const ROOT: string = dirname(dirname(fileURLToPath(import.meta.url)));
@@ -165,11 +166,27 @@ export function isInstalled(program: string): boolean {
 }
 
 /** Declares a test that needs programs; where one is missing it is skipped, and its name says why. */
-export function realTest(name: string, programs: readonly string[], run: () => Promise<void>): void {
+export function realTest(
+  name: string,
+  programs: readonly string[],
+  run: (context: Deno.TestContext) => Promise<void>,
+): void {
   const missing = programs.filter((program) => !isInstalled(program));
   Deno.test({
     name: missing.length === 0 ? name : `${name} (skipped: ${missing.join(", ")} is not installed)`,
     ignore: missing.length > 0,
     fn: run,
+  });
+}
+
+/** Declares a test that runs in a lab of its own: a machine with a `/dev/kvm` and with the files of this one. */
+export function labTest(
+  name: string,
+  run: (lab: Lab, context: Deno.TestContext) => Promise<void>,
+  options: LabOptions = {},
+): void {
+  realTest(name, ["qemu-system-x86_64", "apt-get"], async (context) => {
+    await using lab = await Lab.start(options);
+    await run(lab, context);
   });
 }

@@ -96,7 +96,8 @@ export function qemuArguments(
     "-machine",
     "q35,usb=off,smbus=off,sata=off,vmport=off,hpet=off",
     "-accel",
-    accelerator === "tcg" ? "tcg,thread=multi" : accelerator,
+    // On a thread for each vCPU, QEMU 7.2 goes on running code that the guest has patched, and the guest hangs.
+    accelerator === "tcg" ? `tcg,thread=${spec.cpus > 1 ? "single" : "multi"}` : accelerator,
     "-cpu",
     accelerator === "kvm" ? "host" : "max",
     "-smp",
