@@ -40,6 +40,15 @@ function landlockTest(name: string, fn: () => Promise<void>): void {
 
 /** Runs a program in a process of its own, which is restricted for good. */
 async function runChild(code: string): Promise<string[]> {
+  const root = await Deno.makeTempDir();
+  try {
+    return await runChildIn(root, code);
+  } finally {
+    await Deno.remove(root, { recursive: true });
+  }
+}
+
+async function runChildIn(root: string, code: string): Promise<string[]> {
   const output = await new Deno.Command(Deno.execPath(), {
     args: [
       "eval",
@@ -48,7 +57,7 @@ async function runChild(code: string): Promise<string[]> {
       const attempt = async (name, action) => {
         try { await action(); console.log(name, "done"); } catch (error) { console.log(name, error.name, error.code ?? ""); }
       };
-      const root = Deno.makeTempDirSync();
+      const root = ${JSON.stringify(root)};
       for (const name of ["in", "out", "seen"]) Deno.mkdirSync(root + "/" + name);
       Deno.writeTextFileSync(root + "/out/file", "x");
       Deno.writeTextFileSync(root + "/out/single", "x");

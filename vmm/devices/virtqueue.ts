@@ -178,12 +178,23 @@ export class Virtqueue {
    * @param written How many bytes were written to its writable parts
    */
   push(head: number, written: number): void {
+    this.pushAll([{ head, written }]);
+  }
+
+  /**
+   * Gives buffers back to the guest at once: it sees all of them or none.
+   *
+   * @param used Which ones, and how many bytes were written to each one's writable parts
+   */
+  pushAll(used: readonly { readonly head: number; readonly written: number }[]): void {
     const { view, words } = this.#memory;
-    const slot = this.#nextUsed & (this.size - 1);
-    view.setUint32(this.#used + 4 + 8 * slot, head, true);
-    view.setUint32(this.#used + 8 + 8 * slot, written, true);
-    this.#nextUsed = (this.#nextUsed + 1) & 0xffff;
-    // The guest must not see the index before the entry.
+    for (const { head, written } of used) {
+      const slot = this.#nextUsed & (this.size - 1);
+      view.setUint32(this.#used + 4 + 8 * slot, head, true);
+      view.setUint32(this.#used + 8 + 8 * slot, written, true);
+      this.#nextUsed = (this.#nextUsed + 1) & 0xffff;
+    }
+    // The guest must not see the index before the entries.
     Atomics.store(words, (this.#used + 2) >> 1, this.#nextUsed);
   }
 

@@ -33,11 +33,10 @@ const ENTRY: readonly number[] = [
   ...[0xb8, 186, 0, 0, 0, 0x0f, 0x05], //     mov eax, SYS_gettid; syscall
   ...[0x89, 0x43, CONTEXT.tid], //            mov [rbx+tid], eax
   ...[0x48, 0x8b, 0x53, CONTEXT.filter], //   mov rdx, [rbx+filter]
-  ...[0x48, 0x85, 0xd2, 0x74, 23], //         test rdx, rdx; jz wait
+  ...[0x48, 0x85, 0xd2, 0x74, 21], //         test rdx, rdx; jz wait
   ...[0xbf, 1, 0, 0, 0, 0x31, 0xf6], //       mov edi, SECCOMP_SET_MODE_FILTER; xor esi, esi
   ...[0xb8, SYS_SECCOMP & 0xff, SYS_SECCOMP >> 8, 0, 0, 0x0f, 0x05], // mov eax, SYS_seccomp; syscall
-  ...[0x48, 0x89, 0x43, CONTEXT.result], //   mov [rbx+result], rax
-  ...[0x48, 0x85, 0xc0, 0x75, 60], //         test rax, rax; jnz say: it was refused, and nothing is run
+  ...[0x48, 0x85, 0xc0, 0x74, 2, 0x0f, 0x0b], // test rax, rax; jz wait; ud2: no guest runs without its filter
   // wait:
   ...[0x8b, 0x43, CONTEXT.go], //             mov eax, [rbx+go]
   ...[0x85, 0xc0, 0x75, 20], //               test eax, eax; jnz told
@@ -54,7 +53,6 @@ const ENTRY: readonly number[] = [
   ...[0x31, 0xd2], //                         xor edx, edx
   ...[0xb8, 16, 0, 0, 0, 0x0f, 0x05], //      mov eax, SYS_ioctl; syscall
   ...[0x48, 0x89, 0x43, CONTEXT.result], //   mov [rbx+result], rax
-  // say:
   ...[0x8b, 0x7b, CONTEXT.event], //          mov edi, [rbx+event]
   ...[0x48, 0x8d, 0x73, CONTEXT.one], //      lea rsi, [rbx+one]
   ...[0xba, 8, 0, 0, 0], //                   mov edx, 8
@@ -63,7 +61,7 @@ const ENTRY: readonly number[] = [
   // out:
   ...[0x31, 0xc0, 0x5b, 0xc3], //             xor eax, eax; pop rbx; ret
 ];
-const WAIT = 46;
+const WAIT = 44;
 const HANDLER = ENTRY.length;
 
 /** Finds a jump's target, to check the table above. */

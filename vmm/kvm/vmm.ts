@@ -182,6 +182,11 @@ export class Vmm implements Disposable {
     this.#hardware?.serial?.send(bytes);
   }
 
+  /** Restarts the guest at once, as its reset button does. */
+  restart(): void {
+    if (this.#state !== "ended") this.#boot();
+  }
+
   /** Ends the machine at once. */
   kill(): void {
     this.#end({ kind: "killed" });
@@ -210,9 +215,13 @@ export class Vmm implements Disposable {
     this.#options.onEnd(reason);
   }
 
-  /** Boots anew, as a machine does whose reset button was pressed. */
+  /** The guest wants to be reset. */
   #restart(): void {
-    if (this.#options.onReset === "end") return this.#end({ kind: "reset" });
+    if (this.#options.onReset === "end") this.#end({ kind: "reset" });
+    else this.#boot();
+  }
+
+  #boot(): void {
     const isRunning = this.#state === "running";
     this.#teardown();
     try {

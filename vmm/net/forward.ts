@@ -1,0 +1,248 @@
+/**
+ * Ports of the host that lead to guests.
+ *
+ * @module
+ */
+
+import { createSocket, type Socket as Datagrams } from "node:dgram";
+import { once } from "node:events";
+import { connect, createServer, isIPv6, type Socket } from "node:net";
+import { clearTimeout, setTimeout } from "node:timers";
+import { MachineError } from "../errors.ts";
+
+/** Most connections of one port at once; more are turned away. */
+const MAX_CONNECTIONS = 1024;
+/** Most UDP peers of one port at once; the one that was silent longest makes way for a new one. */
+const MAX_FLOWS = 512;
+/** Most datagrams of one port on their way out; more are lost, as in any full queue. */
+const MAX_SENDING = 256;
+/** How long a UDP peer may be silent, in milliseconds. */
+const FLOW_TIMEOUT = 60_000;
+/** How long what was read of `resolv.conf` counts, in milliseconds. */
+const RESOLVER_LIFETIME = 5000;
+const DNS_PORT = 53;
+
+/** A port of the host that leads to a guest. */
+export interface PortForward {
+  /** Protocol. */
+  readonly protocol: "tcp" | "udp";
+  /** Address of the host to listen on. */
+  readonly address: string;
+  /** Port on the host. */
+  readonly host: number;
+  /** Port in the guest. */
+  readonly guest: number;
+  /** Address of the guest; looked at anew for each connection. */
+  readonly guestIp: string;
+  /** Whether other processes may serve the same port, and take over when this one ends. */
+  readonly isShared?: boolean;
+}
+
+interface Listener {
+  forward: PortForward;
+  close(): void;
+}
+
+/** Port forwards that can be changed while they work. */
+export class PortForwards implements Disposable {
+  readonly #listeners = new Map<string, Listener>();
+  #last: Promise<void> = Promise.resolve();
+
+  /**
+   * Makes the forwards be these: what is no more in the list ends with its connections, what is new begins, and what has
+   * another guest leads new connections there.
+   *
+   * @param forwards All forwards
+   * @throws {MachineError} If a port cannot be had; those before it in the list work then
+   */
+  set(forwards: readonly PortForward[]): Promise<void> {
+    const done = this.#last.then(() => this.#set(forwards));
+    this.#last = done.catch(() => {});
+    return done;
+  }
+
+  /** Ends them all. */
+  [Symbol.dispose](): void {
+    for (const listener of this.#listeners.values()) listener.close();
+    this.#listeners.clear();
+  }
+
+  async #set(forwards: readonly PortForward[]): Promise<void> {
+    const wanted = new Map(forwards.map((each) => [`${each.protocol} ${each.address} ${each.host}`, each]));
+    for (const [key, listener] of this.#listeners) {
+      if (wanted.has(key)) continue;
+      listener.close();
+      this.#listeners.delete(key);
+    }
+    for (const [key, forward] of wanted) {
+      const listener = this.#listeners.get(key);
+      if (listener) listener.forward = forward;
+      else this.#listeners.set(key, await listen(forward));
+    }
+  }
+}
+
+/**
+ * Makes the forwards that let guests ask the host's name server: the first one of `resolv.conf`, which may change.
+ *
+ * @param address Address that guests ask
+ * @param path Path of `resolv.conf`
+ * @returns One forward for each protocol
+ */
+export function dnsForwards(address: string, path = "/etc/resolv.conf"): PortForward[] {
+  // Without a file, or where it names none, it is this one (resolv.conf(5)).
+  let server = "127.0.0.1";
+  let end = -Infinity;
+  const resolver = () => {
+    if (performance.now() < end) return server;
+    end = performance.now() + RESOLVER_LIFETIME;
+    try {
+      server = /^\s*nameserver\s+(\S+)/m.exec(Deno.readTextFileSync(path))?.[1] ?? server;
+    } catch {
+      // It may be replaced just now, or closed to a process that was locked in since: the last one counts.
+    }
+    return server;
+  };
+  resolver();
+  return (["udp", "tcp"] as const).map((protocol) => ({
+    protocol,
+    address,
+    host: DNS_PORT,
+    guest: DNS_PORT,
+    get guestIp() {
+      return resolver();
+    },
+    isShared: true,
+  }));
+}
+
+async function listen(forward: PortForward): Promise<Listener> {
+  try {
+    return await (forward.protocol === "tcp" ? listenTcp(forward) : listenUdp(forward));
+  } catch (cause) {
+    const { address, host, guest } = forward;
+    throw new MachineError(
+      `Cannot forward port ${host} of ${address} to port ${guest} of the guest as ${explain(cause, forward)}`,
+      { cause },
+    );
+  }
+}
+
+function explain(error: unknown, { address, host }: PortForward): string {
+  switch ((error as { code?: string }).code) {
+    case "EADDRINUSE":
+      return `port ${host} of ${address} is in use: choose another host port, or end what uses it`;
+    case "EADDRNOTAVAIL":
+    case "EINVAL":
+      return `the host has no address ${address}: choose one that it has`;
+    case "EACCES":
+      return `this user may not listen on port ${host}: choose a host port from 1024`;
+    default:
+      return error instanceof Error ? error.message : String(error);
+  }
+}
+
+async function listenTcp(forward: PortForward): Promise<Listener> {
+  const sockets = new Set<Socket>();
+  const server = createServer({ allowHalfOpen: true, keepAlive: true, noDelay: true }, (client) => {
+    const { guest, guestIp } = listener.forward;
+    const target = connect({
+      host: guestIp,
+      port: guest,
+      allowHalfOpen: true,
+      keepAlive: true,
+      noDelay: true,
+    });
+    for (const [one, other] of [[client, target], [target, client]] as const) {
+      sockets.add(one);
+      one.on("error", () => other.destroy());
+      one.on("close", () => sockets.delete(one));
+      // Waits for the slower end, and passes on that one end has no more to say.
+      one.pipe(other);
+    }
+  });
+  server.maxConnections = MAX_CONNECTIONS;
+  const listener: Listener = {
+    forward,
+    close() {
+      server.close();
+      for (const socket of sockets) socket.destroy();
+    },
+  };
+  server.listen({ host: forward.address, port: forward.host, reusePort: forward.isShared ?? false });
+  await once(server, "listening");
+  server.on("error", () => {});
+  return listener;
+}
+
+/** A peer of a UDP port: the guest sees it as a port of the host of its own. */
+interface Flow {
+  readonly socket: Datagrams;
+  readonly guest: number;
+  readonly guestIp: string;
+  readonly timer: NodeJS.Timeout;
+}
+
+async function listenUdp(forward: PortForward): Promise<Listener> {
+  const socket = openUdp(forward.address, forward.isShared);
+  const flows = new Map<string, Flow>();
+  let sending = 0;
+  const send = (from: Datagrams, data: Uint8Array, port: number, address: string) => {
+    if (sending >= MAX_SENDING) return;
+    sending++;
+    from.send(data, port, address, () => void sending--);
+  };
+  const end = (key: string) => {
+    const flow = flows.get(key);
+    if (!flow) return;
+    flows.delete(key);
+    clearTimeout(flow.timer);
+    flow.socket.close();
+  };
+  const begin = (key: string, client: { readonly address: string; readonly port: number }): Flow => {
+    for (const oldest of flows.keys()) {
+      if (flows.size < MAX_FLOWS) break;
+      end(oldest);
+    }
+    const { guest, guestIp } = listener.forward;
+    const timer = setTimeout(() => end(key), FLOW_TIMEOUT);
+    const flow = { socket: openUdp(guestIp), guest, guestIp, timer };
+    flow.socket.on("error", () => end(key));
+    flow.socket.on("message", (data, { address, port }) => {
+      // Anybody may send to this port of the host; only the guest may answer.
+      if (address !== guestIp || port !== guest || flows.get(key) !== flow) return;
+      timer.refresh();
+      send(socket, data, client.port, client.address);
+    });
+    return flow;
+  };
+  const listener: Listener = {
+    forward,
+    close() {
+      socket.close();
+      for (const key of [...flows.keys()]) end(key);
+    },
+  };
+  socket.on("message", (data, client) => {
+    const key = `${client.address} ${client.port}`;
+    const flow = flows.get(key) ?? begin(key, client);
+    // Behind all others, it is the last one to make way.
+    flows.delete(key);
+    flows.set(key, flow);
+    flow.timer.refresh();
+    send(flow.socket, data, flow.guest, flow.guestIp);
+  });
+  try {
+    socket.bind(forward.host, forward.address);
+    await once(socket, "listening");
+  } catch (error) {
+    socket.close();
+    throw error;
+  }
+  socket.on("error", () => {});
+  return listener;
+}
+
+function openUdp(address: string, reuseAddr = false): Datagrams {
+  return createSocket({ type: isIPv6(address) ? "udp6" : "udp4", reuseAddr });
+}
