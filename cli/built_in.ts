@@ -12,7 +12,7 @@ import {
   hostKernelBuilder,
   imageBuilder,
 } from "../stdlib/mod.ts";
-import { type Engine, hostPaths, machineKinds, type Paths, QemuEngine } from "../vmm/mod.ts";
+import { type Engine, hostPaths, KvmEngine, machineKinds, type Paths, QemuEngine } from "../vmm/mod.ts";
 import type { CliOptions } from "./run.ts";
 
 /**
@@ -22,7 +22,7 @@ import type { CliOptions } from "./run.ts";
  * @returns The engines
  */
 export function builtInEngines(paths: Paths = hostPaths()): Engine[] {
-  return [new QemuEngine(paths)];
+  return [new KvmEngine(paths), new QemuEngine(paths)];
 }
 
 /**

@@ -78,6 +78,7 @@ interface Source {
 export const imageBuilder: ImageBuilder = {
   type: "image",
   isForeign: true,
+  needsFirmware: (recipe) => recipe.kernel === undefined,
   async build(recipe, context): Promise<BuiltImage> {
     const { disk, kernel, initramfs } = recipe as Record<string, Source | undefined>;
     if (!disk && !kernel) {

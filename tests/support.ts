@@ -57,9 +57,9 @@ export class Place implements AsyncDisposable {
     await Deno.writeTextFile(
       join(this.folder, file),
       `import * as ht from "hypertopia";
-import { cli, console as onConsole, disk, exec, http, network, qemu, range, secret, stack, tcp, text, vm } from "hypertopia";
+import { cli, console as onConsole, disk, exec, http, kvm, network, qemu, range, secret, stack, tcp, text, vm } from "hypertopia";
 import { debian, directory, hostKernel, image } from "hypertopia/stdlib";
-void [ht, cli, onConsole, disk, exec, http, network, qemu, range, secret, stack, tcp, text, vm, debian, directory, hostKernel, image];
+void [ht, cli, onConsole, disk, exec, http, kvm, network, qemu, range, secret, stack, tcp, text, vm, debian, directory, hostKernel, image];
 const infra = stack("test", () => ${
         body.trim().startsWith("return") || body.includes("return ") ? `{ ${body} }` : `(${body})`
       });
@@ -105,7 +105,7 @@ if (import.meta.main) await cli(infra);
     for await (const { name } of Deno.readDir("/proc")) {
       if (!/^\d+$/.test(name)) continue;
       const line = await Deno.readTextFile(`/proc/${name}/cmdline`).catch(() => "");
-      if (line.includes(this.home) && line.includes("-pidfile")) found.push(Number(name));
+      if (line.includes(this.home) && /\0-pidfile\0|\0--run-file\0/.test(line)) found.push(Number(name));
     }
     return found;
   }

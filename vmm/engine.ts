@@ -63,6 +63,8 @@ export interface MachineNic {
   readonly mac: string;
   /** IPv4 address. */
   readonly ip: string;
+  /** Address of the network in the stack: NICs of one network reach each other. */
+  readonly network: string;
   /** Network with prefix length. */
   readonly cidr: string;
   /** Address of the gateway. */
@@ -207,6 +209,16 @@ export interface Machine {
   readonly guest: GuestChannel;
 }
 
+/** What a machine asks of its engine, as far as engines differ in it. */
+export interface MachineNeeds {
+  /** vCPUs. */
+  readonly cpus: number;
+  /** Whether it has NICs. */
+  readonly hasNics: boolean;
+  /** Whether firmware boots its disk, since it has no kernel of its own. */
+  readonly hasFirmware: boolean;
+}
+
 /** A hypervisor back end. */
 export interface Engine {
   /** Its name. */
@@ -214,9 +226,11 @@ export interface Engine {
   /**
    * Finds out by running code what works here.
    *
-   * @param options Signal and progress, and options of the engine as a machine has them
+   * @param options Signal and progress, options of the engine as a machine has them, and what the machine needs
    */
-  probe(options?: OperationOptions & { readonly engine?: MachineSpec["engine"] }): Promise<Capabilities>;
+  probe(
+    options?: OperationOptions & { readonly engine?: MachineSpec["engine"]; readonly needs?: MachineNeeds },
+  ): Promise<Capabilities>;
   /**
    * Gives the machine of an identity, whether it exists yet or not.
    *

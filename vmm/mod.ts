@@ -15,6 +15,7 @@ export * from "./images/initramfs.ts";
 export * from "./images/qcow2.ts";
 export * from "./images/store.ts";
 export * from "./kinds/mod.ts";
+export { KvmEngine, KvmMachine } from "./kvm/engine.ts";
 export * from "./paths.ts";
 export * from "./qemu/accelerator.ts";
 export * from "./qemu/engine.ts";

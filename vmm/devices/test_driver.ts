@@ -139,6 +139,7 @@ export class TestDriver {
     this.#table = memory.offset(queue.descriptorTable, DESCRIPTOR_SIZE * size);
     this.#available = memory.offset(queue.availableRing, 6 + 2 * size);
     this.#used = memory.offset(queue.usedRing, 6 + 8 * size);
+    memory.bytes.fill(0, this.#table, this.#used + 6 + 8 * size);
     for (let index = size - 1; index >= 0; index--) this.#free.push(index);
     queue.isReady = true;
     queue.start(features);

@@ -153,6 +153,7 @@ export class VirtioPciFunction implements PciFunction, Disposable {
   #accepted = 0n;
   #isr = 0;
   #isActive = false;
+  #isResetting = false;
   #isDisposed = false;
 
   /**
@@ -376,6 +377,7 @@ export class VirtioPciFunction implements PciFunction, Disposable {
 
   #writeStatus(value: number): void {
     if (value === 0) return this.#reset();
+    if (this.#isResetting) return;
     // Bits are only ever added: the driver resets to take them back.
     const added = value & ~this.#status;
     const needs = (bit: number, before: number) => (added & bit) !== 0 && (this.#status & before) === before;
@@ -486,10 +488,14 @@ export class VirtioPciFunction implements PciFunction, Disposable {
 
   #reset(): void {
     this.#deactivate();
+    // Only one may wait: a second one would end after the driver has begun anew.
+    if (this.#isResetting) return;
+    this.#isResetting = true;
     const finish = () => {
       if (this.#isDisposed) return;
       // The status stays until nothing writes to the guest's memory any more: the driver waits for that.
       if (this.device.isBusy) return void setTimeout(finish, RESET_INTERVAL);
+      this.#isResetting = false;
       for (const queue of this.#queues) queue.reset();
       this.#queueVectors.fill(NO_VECTOR);
       this.#configVector = NO_VECTOR;

@@ -287,6 +287,25 @@ Deno.test("a reset is over when nothing writes to the guest's memory any more", 
   while (bench.get(20, 1) !== 0) await new Promise((resolve) => setTimeout(resolve, 1));
 });
 
+Deno.test("a driver that resets twice is not reset once more after it has begun anew", async () => {
+  using bench = new Bench();
+  const nextTurn = () => new Promise((resolve) => setTimeout(resolve, 1));
+  bench.start();
+  bench.device.isBusy = true;
+  bench.set(20, 0, 1);
+  // A second wait would end later than the first.
+  await nextTurn();
+  bench.set(20, 0, 1);
+  bench.set(20, STATUS.failed, 1);
+  assert.equal(bench.get(20, 1), 15, "no state but that of before");
+  bench.device.isBusy = false;
+  while (bench.get(20, 1) !== 0) await nextTurn();
+  bench.start();
+  for (let count = 0; count < 5; count++) await nextTurn();
+  assert.equal(bench.get(20, 1), 15);
+  assert.equal(bench.device.context!.queues[0]!.isReady, true);
+});
+
 Deno.test("the states of a device come in their order only", () => {
   using bench = new Bench();
   bench.setConfig(4, 6, 2);

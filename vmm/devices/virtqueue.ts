@@ -85,6 +85,7 @@ export class Virtqueue {
   readonly #memory: GuestMemory;
   #hasEventIndex = false;
   #hasIndirect = false;
+  // Offsets in memory: they may not fit in 32 bits with a sign, so nothing shifts them.
   #table = 0;
   #available = 0;
   #used = 0;
@@ -195,7 +196,7 @@ export class Virtqueue {
       this.#nextUsed = (this.#nextUsed + 1) & 0xffff;
     }
     // The guest must not see the index before the entries.
-    Atomics.store(words, (this.#used + 2) >> 1, this.#nextUsed);
+    Atomics.store(words, (this.#used + 2) / 2, this.#nextUsed);
   }
 
   /**
@@ -206,14 +207,14 @@ export class Virtqueue {
   needsInterrupt(): boolean {
     const { words } = this.#memory;
     if (!this.#hasEventIndex) {
-      return (Atomics.load(words, this.#available >> 1) & AVAIL_F_NO_INTERRUPT) === 0;
+      return (Atomics.load(words, this.#available / 2) & AVAIL_F_NO_INTERRUPT) === 0;
     }
     const old = this.#signalledUsed;
     const isFirst = !this.#hasSignalled;
     this.#signalledUsed = this.#nextUsed;
     this.#hasSignalled = true;
     if (!isFirst && old === this.#nextUsed) return false;
-    const event = Atomics.load(words, (this.#available + 4 + 2 * this.size) >> 1);
+    const event = Atomics.load(words, (this.#available + 4 + 2 * this.size) / 2);
     return isFirst || ((this.#nextUsed - event - 1) & 0xffff) < ((this.#nextUsed - old) & 0xffff);
   }
 
@@ -226,9 +227,9 @@ export class Virtqueue {
     if (this.#hasEventIndex) {
       // The index that was passed already is never reached: no notification until the ring has gone round.
       const event = isWanted ? this.#nextAvailable : (this.#nextAvailable - 1) & 0xffff;
-      Atomics.store(this.#memory.words, (this.#used + 4 + 8 * this.size) >> 1, event);
+      Atomics.store(this.#memory.words, (this.#used + 4 + 8 * this.size) / 2, event);
     } else if (isWanted !== this.#isNotificationWanted) {
-      Atomics.store(this.#memory.words, this.#used >> 1, isWanted ? 0 : USED_F_NO_NOTIFY);
+      Atomics.store(this.#memory.words, this.#used / 2, isWanted ? 0 : USED_F_NO_NOTIFY);
     }
     this.#isNotificationWanted = isWanted;
   }
@@ -239,7 +240,7 @@ export class Virtqueue {
   }
 
   #pendingCount(): number {
-    const index = Atomics.load(this.#memory.words, (this.#available + 2) >> 1);
+    const index = Atomics.load(this.#memory.words, (this.#available + 2) / 2);
     const count = (index - this.#nextAvailable) & 0xffff;
     if (count > this.size) {
       throw new VirtqueueError(`queue ${this.index} of ${this.size} offers ${count} buffers at once`);

@@ -51,6 +51,33 @@ Deno.test("Virtqueue takes buffers in order and gives them back in any", () => {
   assert.equal(b.driver.freeCount, 8);
 });
 
+Deno.test("Virtqueue has its rings anywhere in memory of more than 2 GiB", () => {
+  const start = 2 ** 31;
+  for (const features of [0n, VIRTIO_F_EVENT_IDX]) {
+    using memory = new GuestMemory(start + MEMORY);
+    const queue = new Virtqueue(memory, 0, 8);
+    queue.descriptorTable = start;
+    queue.availableRing = start + 0x1000;
+    queue.usedRing = start + 0x2000;
+    queue.start(features);
+    memory.view.setUint32(start, start + 0x3000, true);
+    memory.view.setUint32(start + 8, 10, true);
+    queue.setNotification(false);
+    assert.equal(queue.hasPending, false);
+    memory.view.setUint16(start + 0x1002, 1, true);
+    assert.deepEqual(queue.pop(), {
+      head: 0,
+      readable: [{ offset: start + 0x3000, length: 10 }],
+      writable: [],
+    });
+    queue.push(0, 0);
+    assert.equal(queue.needsInterrupt(), true);
+    assert.equal(memory.view.getUint16(start + 0x2002, true), 1);
+    assert.equal(memory.view.getUint16(start + 0x2000, true), features === 0n ? 1 : 0);
+    assert.equal(memory.view.getUint16(start + 0x2004 + 8 * 8, true), features === 0n ? 0 : 0xffff);
+  }
+});
+
 Deno.test("Virtqueue takes again what was put back", () => {
   using b = bench();
   const part = { address: b.arena.take(10), length: 10 };

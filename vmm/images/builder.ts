@@ -65,6 +65,12 @@ export interface ImageBuilder {
   /** Whether its guests have no agent of ours. */
   readonly isForeign?: boolean;
   /**
+   * Tells whether firmware must boot the image's disk, since it brings no kernel; it never does unless told.
+   *
+   * @param recipe What to build
+   */
+  needsFirmware?(recipe: Chosen): boolean;
+  /**
    * Tells cheaply what the image would be made of now, for sources that change by themselves. Another answer recreates
    * the machine.
    *

@@ -39,6 +39,7 @@ import {
   type Machine,
   type MachineDisk,
   type MachineForward,
+  type MachineNeeds,
   type MachineNic,
   type MachineSpec,
   type OperationOptions,
@@ -219,6 +220,9 @@ function disruption(
     if (!isWhole && /^disks\..*\.size$/.test(field)) return { class: "live", mechanism: "grow" };
     if (!isWhole && /\.forwards\b/.test(field)) return { class: "live", mechanism: "port forward" };
     if (isStopped) return { class: "none", mechanism: "from the next start" };
+    if (isWhole && recorded.outputs?.engine === "kvm") {
+      return { class: "reboot", mechanism: `restart with${had ? "out the" : " another"} device` };
+    }
     if (isWhole) return { class: "hotplug", mechanism: had ? "PCIe unplug" : "PCIe plug" };
     return { class: "reboot", mechanism: "restart with another device" };
   }
@@ -481,11 +485,11 @@ class Driver {
   ): Promise<void> {
     const seen = new Set<string>();
     for (const { address, props } of instances) {
-      const key = JSON.stringify(props.engine);
+      const key = JSON.stringify([props.engine, this.#needs(props)]);
       if (props.power === "stopped" || isUnknown(props.engine) || seen.has(key)) continue;
       seen.add(key);
       try {
-        await this.#chooseEngine(props.engine, { signal });
+        await this.#chooseEngine(props, { signal });
       } catch (error) {
         if (!(error instanceof MachineError)) throw error;
         throw new MachineError(`Cannot run "${address}" as ${error.message}`, { cause: error });
@@ -616,10 +620,21 @@ class Driver {
   async #engine(choice: Chosen, request: Request<VmNormalProps, VmOutputs>): Promise<Engine> {
     const current = this.#options.engines.find((each) => each.name === request.outputs?.engine);
     if (current && (choice.type === "auto" || choice.type === current.name)) return current;
-    return await this.#chooseEngine(choice, request);
+    return await this.#chooseEngine(request.props, request);
   }
 
-  async #chooseEngine(choice: Chosen, options: OperationOptions): Promise<Engine> {
+  #needs(props: VmNormalProps): MachineNeeds {
+    const builder = this.#options.images.find((each) => each.type === props.image.type);
+    return {
+      cpus: props.cpus,
+      hasNics: Object.keys(props.nics ?? {}).length > 0,
+      hasFirmware: !props.kernel && (builder?.needsFirmware?.(props.image) ?? false),
+    };
+  }
+
+  async #chooseEngine(props: VmNormalProps, options: OperationOptions): Promise<Engine> {
+    const choice = props.engine;
+    const needs = this.#needs(props);
     const candidates = this.#options.engines.filter((each) =>
       choice.type === "auto" || each.name === choice.type
     );
@@ -629,7 +644,7 @@ class Driver {
     }
     const reasons: string[] = [];
     for (const engine of candidates) {
-      const { isUsable, detail } = await engine.probe({ ...options, engine: choice });
+      const { isUsable, detail } = await engine.probe({ ...options, engine: choice, needs });
       if (isUsable) return engine;
       reasons.push(`${engine.name}: ${detail}`);
     }
@@ -673,6 +688,7 @@ class Driver {
         name,
         mac: nic.mac!,
         ip: nic.ip!,
+        network: nic.network.$resource,
         cidr: `${formatIpv4(base)}/${prefix}`,
         gateway: formatIpv4(base + 1),
         dns: formatIpv4(base + 2),

@@ -121,16 +121,20 @@ export class HostNetwork {
   async attachTap(spec: BridgeSpec, name: string): Promise<Tap> {
     return await this.#change(async (interfaces) => {
       await ensureBridge(interfaces, this.#nft, spec);
-      const tap = Tap.open(name);
-      try {
-        interfaces.addToBridge(spec.name, name);
-        interfaces.setUp(name, true);
-        return tap;
-      } catch (error) {
-        tap[Symbol.dispose]();
-        throw error;
-      }
+      return plugTap(interfaces, spec, name);
     });
+  }
+
+  /**
+   * Makes a tap and plugs it into the bridge of its network, which must be there. It takes no other program.
+   *
+   * @param spec The network
+   * @param name Name of the tap
+   * @returns The tap, which lives as long as it is open
+   * @throws {MachineError} If that is not possible, and why
+   */
+  async plugTap(spec: BridgeSpec, name: string): Promise<Tap> {
+    return await this.#change((interfaces) => plugTap(interfaces, spec, name));
   }
 
   /**
@@ -163,6 +167,18 @@ export class HostNetwork {
       if (error instanceof MachineError || !(error instanceof Error)) throw error;
       throw new MachineError(error.message, { cause: error });
     }
+  }
+}
+
+function plugTap(interfaces: NetworkInterfaces, spec: BridgeSpec, name: string): Tap {
+  const tap = Tap.open(name);
+  try {
+    interfaces.addToBridge(spec.name, name);
+    interfaces.setUp(name, true);
+    return tap;
+  } catch (error) {
+    tap[Symbol.dispose]();
+    throw error;
   }
 }
 

@@ -7,22 +7,22 @@
 import { join } from "node:path";
 import { equal, identifyProcess } from "../../planner/mod.ts";
 import { formatSize } from "../../dsl/mod.ts";
-import {
-  BALLOON_RATIO,
-  type Capabilities,
-  type Engine,
-  type Machine,
-  type MachineDisk,
-  type MachineForward,
-  type MachineNic,
-  type MachineSpec,
-  type MachineStatus,
-  type OperationOptions,
-  type UpdateResult,
+import type {
+  Capabilities,
+  Engine,
+  Machine,
+  MachineDisk,
+  MachineForward,
+  MachineNic,
+  MachineSpec,
+  MachineStatus,
+  OperationOptions,
+  UpdateResult,
 } from "../engine.ts";
 import { MachineError, writeError } from "../errors.ts";
 import { exists, lockFile, removeIfThere, writeWhole } from "../files.ts";
 import { GuestChannel, guestEndpoints } from "../guest/channel.ts";
+import { findPanic, joinFiles, needsRestart, RESTART_GRACE, tailOf } from "../machine_files.ts";
 import { hostPaths, machineFolder, type Paths } from "../paths.ts";
 import {
   type AcceleratorName,
@@ -389,10 +389,8 @@ export class QemuMachine implements Machine {
     );
   }
 
-  /** The last line of a kernel panic, which a halted kernel leaves at the end of its console. */
   async #panic(): Promise<string | undefined> {
-    const tail = await tailOf(this.#files.consoleLog, 4096);
-    return /---\[ end (Kernel panic - not syncing[^\r\n\]]*)\]---\s*$/.exec(tail)?.[1]?.trim();
+    return await findPanic(this.#files.consoleLog);
   }
 
   async #start(spec: MachineSpec, options: OperationOptions): Promise<void> {
@@ -555,26 +553,6 @@ export class QemuMachine implements Machine {
   }
 }
 
-/** How long a guest may take to shut down before a restart, in milliseconds. */
-const RESTART_GRACE = 60_000;
-
-function needsRestart(current: MachineSpec, spec: MachineSpec): boolean {
-  const fixed = (
-    each: MachineSpec,
-  ) => [each.cpus, each.kernel, each.cmdline, each.hasAgent, each.bootKey, each.engine];
-  const sameDisks = spec.disks.every((disk) => {
-    const before = current.disks.find((each) => each.name === disk.name);
-    return !before || equal({ ...before, size: 0 }, { ...disk, size: 0 });
-  });
-  const sameNics = spec.nics.every((nic) => {
-    const before = current.nics.find((each) => each.name === nic.name);
-    return !before || equal({ ...before, forwards: [] }, { ...nic, forwards: [] });
-  });
-  // Memory that is far below the maximum leaves the guest no room for what it keeps for the maximum.
-  const isBallooned = spec.memory <= current.maxMemory && spec.memory * BALLOON_RATIO >= current.maxMemory;
-  return !equal(fixed(current), fixed(spec)) || !isBallooned || !sameDisks || !sameNics;
-}
-
 async function balloon(
   qmp: Qmp,
   target: number,
@@ -703,23 +681,6 @@ async function attempt(run: () => Promise<unknown>, done: RegExp): Promise<void>
   }
 }
 
-/** Joins files into one; each part begins at a multiple of four, as the kernel wants it. */
-async function joinFiles(parts: readonly string[], path: string): Promise<void> {
-  if (parts.length === 0) return;
-  const chunks: Uint8Array[] = [];
-  for (const part of parts) {
-    const bytes = await Deno.readFile(part);
-    chunks.push(bytes, new Uint8Array((4 - bytes.length % 4) % 4));
-  }
-  const whole = new Uint8Array(chunks.reduce((sum, chunk) => sum + chunk.length, 0));
-  let offset = 0;
-  for (const chunk of chunks) {
-    whole.set(chunk, offset);
-    offset += chunk.length;
-  }
-  await writeWhole(path, whole);
-}
-
 async function findByCommandLine(word: string): Promise<number | undefined> {
   for await (const { name } of Deno.readDir("/proc")) {
     if (!/^\d+$/.test(name)) continue;
@@ -731,35 +692,6 @@ async function findByCommandLine(word: string): Promise<number | undefined> {
     }
   }
   return undefined;
-}
-
-/**
- * Reads the end of a file.
- *
- * @param path Path of the file
- * @param bytes How much to read at most
- * @returns The text; empty where there is no file
- */
-export async function tailOf(path: string, bytes: number): Promise<string> {
-  try {
-    using file = await Deno.open(path);
-    const { size } = await file.stat();
-    await file.seek(Math.max(0, size - bytes), Deno.SeekMode.Start);
-    const buffer = new Uint8Array(bytes);
-    let length = 0;
-    for (
-      let count = await file.read(buffer);
-      count !== null && length < bytes;
-      count = await file.read(buffer.subarray(length))
-    ) {
-      length += count;
-      if (length === bytes) break;
-    }
-    return new TextDecoder().decode(buffer.subarray(0, length));
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return "";
-    throw error;
-  }
 }
 
 function explainStart(said: string, spec: MachineSpec): string {

@@ -4,6 +4,7 @@
  * @module
  */
 
+import type { MachineRequest } from "./main.ts";
 import { MachineError } from "../errors.ts";
 import {
   type BalloonStatistics,
@@ -318,4 +319,40 @@ export class SupervisorClient implements Disposable {
       );
     }
   }
+}
+
+/**
+ * Asks a process for several machines to run one more.
+ *
+ * @param host Path of that process's socket
+ * @param id Identity of the machine
+ * @param request Its files
+ * @param options Signal
+ * @returns Whether it runs; false where nobody listens
+ * @throws {MachineError} If it cannot be run
+ */
+export async function requestMachine(
+  host: string,
+  id: string,
+  request: MachineRequest,
+  options: CallOptions = {},
+): Promise<boolean> {
+  using client = Deno.createHttpClient({ proxy: { transport: "unix", path: host } });
+  let response: Response;
+  try {
+    response = await fetch(`http://localhost/machines/${id}`, {
+      client,
+      method: "PUT",
+      body: JSON.stringify(request),
+      ...options,
+    });
+  } catch (error) {
+    options.signal?.throwIfAborted();
+    if (await Deno.connect({ transport: "unix", path: host }).then((each) => each.close(), () => true)) {
+      return false;
+    }
+    throw error;
+  }
+  if (response.ok) return true;
+  throw new MachineError((await response.json() as { fault_message: string }).fault_message);
 }

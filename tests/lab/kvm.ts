@@ -1,0 +1,183 @@
+/** Machines on our own VMM, with stock kernels. Run where `/dev/kvm` runs them: in the lab, or on such a host. */
+
+import assert from "node:assert/strict";
+import { Place } from "../support.ts";
+
+const declare = (
+  options: {
+    cpus?: number;
+    memory?: string;
+    image?: string;
+    size?: string;
+    more?: string;
+    engine?: string;
+  } = {},
+) => `
+  const lan = network({ cidr: "10.40.0.0/24", nat: false });
+  const data = disk({ size: "${options.size ?? "64MiB"}", filesystem: "ext4" });
+  const web = vm({
+    cpus: ${options.cpus ?? 1}, memory: "${options.memory ?? "256MiB"}", image: debian(${
+  options.image ?? ""
+}),
+    engine: ${options.engine ?? "kvm()"},
+    disks: { data: { disk: data, mount: "/data" } },
+    nics: { eth0: lan.nic({ ip: "10.40.0.10", forwards: { http: { guest: 80 } } }) },
+    env: { GREETING: "it's $HOME" },
+    files: { "/srv/index.html": "hello" },
+    command: "httpd -f -h /srv",
+    ready: http(80),
+    ${options.more ?? ""}
+  });
+  return { lan, data, web, url: text\`http://127.0.0.1:\${web.nics.eth0.forwards.http}/\` };
+`;
+
+async function inGuest(place: Place, script: string, code = 0): Promise<string> {
+  return (await place.run(["exec", "web", "--", "sh", "-c", script], { code })).stdout;
+}
+
+async function uptime(place: Place): Promise<number> {
+  return Number((await inGuest(place, "cat /proc/uptime")).split(" ")[0]);
+}
+
+/** What `/proc` tells of all threads of a process. */
+function threads(pid: number, field: string): Set<string> {
+  const values = new Set<string>();
+  for (const { name } of Deno.readDirSync(`/proc/${pid}/task`)) {
+    const status = Deno.readTextFileSync(`/proc/${pid}/task/${name}/status`);
+    values.add(new RegExp(`^${field}:\\s*(.*)$`, "m").exec(status)?.[1] ?? "");
+  }
+  return values;
+}
+
+async function sh(script: string): Promise<string> {
+  const { stdout } = await new Deno.Command("sh", { args: ["-c", script], stderr: "inherit" }).output();
+  return new TextDecoder().decode(stdout).trim();
+}
+
+Deno.test("a machine lives a whole life: disk, network, memory, pause, restart, kill", async () => {
+  await using place = new Place();
+  await place.declare(declare());
+  await place.run(["apply", "--yes"]);
+  assert.match(await inGuest(place, "uname -r; nproc; hostname"), /^6\.1\..*cloud-amd64\n1\nweb\n$/);
+  await place.run(["plan", "--detailed-exitcode"]);
+
+  // Streams, status and words pass through.
+  const both = await place.run(["exec", "web", "--", "sh", "-c", "echo out; echo err >&2; exit 7"], {
+    code: 7,
+  });
+  assert.deepEqual([both.stdout, both.stderr], ["out\n", "err\n"]);
+  const piped = await place.run(["exec", "web", "--", "wc", "-c"], { stdin: new Uint8Array(300_000) });
+  assert.equal(piped.stdout.trim(), "300000");
+  assert.equal(await inGuest(place, 'printf %s "$GREETING"'), "it's $HOME");
+
+  // The sandbox is there: on every thread of the process that runs the guest.
+  const [pid] = await place.processes();
+  assert.deepEqual(threads(pid!, "Seccomp"), new Set(["2"]));
+  assert.deepEqual(threads(pid!, "NoNewPrivs"), new Set(["1"]));
+  assert.deepEqual(threads(pid!, "CapEff"), new Set(["0000000000000000"]));
+
+  // The network, both ways: TCP by a port forward, ping from the host, and TCP from the guest to the host.
+  const url = (await place.run(["output", "url"])).stdout.trim();
+  assert.equal(await (await fetch(url)).text(), "hello");
+  assert.match(
+    await sh("ping -c 2 -W 5 10.40.0.10 || busybox ping -c 2 -W 5 10.40.0.10"),
+    /2 (packets )?received/,
+  );
+  const bytes = crypto.getRandomValues(new Uint8Array(60_000));
+  const server = Deno.serve({ hostname: "10.40.0.1", port: 0, onListen() {} }, () => new Response(bytes));
+  const address = `http://10.40.0.1:${server.addr.port}/`;
+  const digest = [...new Uint8Array(await crypto.subtle.digest("SHA-256", bytes))]
+    .map((byte) => byte.toString(16).padStart(2, "0")).join("");
+  assert.equal((await inGuest(place, `wget -qO- ${address} | sha256sum`)).slice(0, 64), digest);
+  await server.shutdown();
+
+  // What is written and flushed survives a restart that the guest asks for, and one that a change takes.
+  const written = await inGuest(
+    place,
+    "head -c 20000000 /dev/urandom >/data/file; sync; sha256sum /data/file",
+  );
+  await place.run(["exec", "web", "--", "sh", "-c", "(sleep 1; reboot) >/dev/null 2>&1 &"]);
+  while (await uptime(place).catch(() => 1e9) > 15) await new Promise((resolve) => setTimeout(resolve, 500));
+  await place.run(["apply", "--yes"]);
+  assert.equal((await place.processes())[0], pid, "the same supervisor");
+  assert.equal(await inGuest(place, "sha256sum /data/file"), written);
+
+  // Memory and disk change live.
+  const before = await uptime(place);
+  const total = async () => Number(await inGuest(place, "awk '/MemTotal/ { print $2 }' /proc/meminfo"));
+  const whole = await total();
+  await place.declare(declare({ memory: "192MiB", size: "96MiB" }));
+  assert.match((await place.run(["plan"])).stdout, /~ web +live .*memory 256MiB → 192MiB +\(balloon\)/);
+  await place.run(["apply", "--yes", "--max-disruption=live"]);
+  assert.equal(whole - await total(), 64 * 1024);
+  assert.equal(await inGuest(place, "cat /sys/block/vda/size"), `${96 * 2048}\n`);
+  await place.declare(declare({ size: "96MiB" }));
+  await place.run(["apply", "--yes", "--max-disruption=live"]);
+  assert.equal(await total(), whole);
+  assert.ok(await uptime(place) > before);
+
+  // Another device takes a restart, and the plan says so.
+  await place.declare(declare({ cpus: 2, size: "96MiB" }));
+  assert.match((await place.run(["plan"])).stdout, /~ web +reboot .*cpus 1 → 2/);
+  await place.run(["apply", "--yes"]);
+  assert.equal(await inGuest(place, "nproc; sha256sum /data/file"), `2\n${written}`);
+
+  // A supervisor that is killed is drift, and is repaired.
+  const [second] = await place.processes();
+  Deno.kill(second!, "SIGKILL");
+  while ((await place.processes()).length > 0) await new Promise((resolve) => setTimeout(resolve, 50));
+  const gone = await place.run(["exec", "web", "--", "true"], { code: 1 });
+  assert.match(
+    gone.stderr,
+    /the machine is stopped \(its supervisor ended abnormally.*\): start it with apply/,
+  );
+  assert.match(
+    (await place.run(["plan", "--detailed-exitcode"], { code: 2 })).stdout,
+    /~ web +vm +power running → stopped/,
+  );
+  await place.run(["apply", "--yes"]);
+  assert.equal(await inGuest(place, "sha256sum /data/file"), written);
+  assert.equal(await (await fetch(url)).text(), "hello");
+
+  // The console is a root shell, and what it printed is kept.
+  const typed = await place.run(["console", "web"], {
+    stdin: new TextEncoder().encode("\necho $((6 * 7))-on-console\n"),
+  });
+  assert.match(typed.stdout, /42-on-console/);
+  assert.match((await place.run(["logs", "web"])).stdout, /42-on-console/);
+
+  // An orderly end leaves nothing: no process, file, bridge or tap.
+  await place.run(["destroy", "--yes"]);
+  assert.deepEqual(await place.processes(), []);
+  assert.deepEqual((await place.leftovers()).filter((path) => !path.endsWith(".lock")), []);
+  assert.deepEqual(
+    [...Deno.readDirSync("/sys/class/net")].map(({ name }) => name).filter((name) => /^ht/.test(name)),
+    [],
+  );
+});
+
+for (const [flavour, cpus] of [["generic", 1], ["generic", 4], ["cloud", 4]] as const) {
+  Deno.test(`Debian's ${flavour} kernel boots with ${cpus} vCPUs, shuts down and is powered off`, async () => {
+    await using place = new Place();
+    await place.declare(declare({ cpus, image: `{ flavour: "${flavour}" }` }));
+    await place.run(["apply", "--yes"]);
+    const seen = await inGuest(place, "uname -r; nproc; dmesg | grep -c 'Call Trace'; true");
+    assert.match(
+      seen,
+      new RegExp(`^6\\.1\\.[^\\n]*${flavour === "cloud" ? "cloud-" : "-"}amd64\\n${cpus}\\n`),
+    );
+    await place.declare(declare({ cpus, image: `{ flavour: "${flavour}" }`, more: 'power: "stopped",' }));
+    await place.run(["apply", "--yes"]);
+    assert.deepEqual(await place.processes(), []);
+    await place.run(["plan", "--detailed-exitcode"]);
+    await place.run(["destroy", "--yes"]);
+  });
+}
+
+Deno.test("auto() takes KVM where it runs code, and doctor shows how fast", async () => {
+  await using place = new Place();
+  await place.declare(declare({ engine: "ht.auto()" }));
+  const { stdout } = await place.run(["doctor"], { code: null });
+  assert.match(stdout, /works +kvm +a loop takes [\d.]+ ns a turn/);
+  assert.match(stdout, /auto\(\) takes kvm/);
+});

@@ -1,0 +1,537 @@
+/**
+ * What a supervisor's API drives: one machine of KVM, from its configuration to its end.
+ *
+ * @module
+ */
+
+import {
+  compileFilter,
+  filterSize,
+  Mapping,
+  PROT_READ,
+  Tap,
+  VCPU_THREAD_POLICY,
+  writeFilter,
+} from "../../ffi/mod.ts";
+import { BalloonDevice } from "../devices/balloon.ts";
+import { BlockDevice } from "../devices/block.ts";
+import { ConsoleDevice } from "../devices/console.ts";
+import { GuestMemory } from "../devices/guest_memory.ts";
+import { NetDevice } from "../devices/net.ts";
+import { openBlockFile } from "../devices/qcow2_file.ts";
+import { RateLimiter } from "../devices/rate_limiter.ts";
+import { EntropyDevice } from "../devices/rng.ts";
+import { VsockDevice } from "../devices/vsock.ts";
+import { MachineError } from "../errors.ts";
+import type { EventLoop } from "../event_loop.ts";
+import type { Kvm } from "../kvm/vm.ts";
+import { type EndReason, Vmm, type VmmDevice } from "../kvm/vmm.ts";
+import { dnsForwards, PortForwards } from "../net/forward.ts";
+import type { BridgeSpec } from "../net/host_network.ts";
+import type { Controller } from "./api.ts";
+import {
+  type BalloonStatistics,
+  type BootableConfiguration,
+  bootMemoryMib,
+  type DriveUpdate,
+  type InstanceState,
+  kernelCommandLine,
+  type MachineEnd,
+  type NicUpdate,
+  type PortForward,
+  type RunReport,
+} from "./config.ts";
+import type { Log } from "./log.ts";
+
+const MEBIBYTE = 2 ** 20;
+const PAGE = 4096;
+/** Longest serial number of a disk. */
+const MAX_SERIAL = 20;
+
+/** What a controller is made of. */
+export interface ControllerOptions {
+  /** Identity of the machine. */
+  readonly id: string;
+  /** The device that runs it. */
+  readonly kvm: Kvm;
+  /** Serves its exits. */
+  readonly loop: EventLoop;
+  /** Takes what happens. */
+  readonly log: Log;
+  /**
+   * Makes the tap of a NIC and plugs it into its network.
+   *
+   * @param network The network
+   * @param name Name of the tap
+   */
+  readonly attachTap: (network: BridgeSpec, name: string) => Promise<Tap>;
+  /**
+   * Called once everything is open and before the guest runs: the time to give up what is not needed any more.
+   *
+   * @param files Files that are opened again when the guest restarts, and folders of sockets
+   */
+  readonly enterSandbox: (files: SandboxFiles) => boolean;
+  /** Called once when the machine has ended. */
+  readonly onEnd: (end: MachineEnd) => void;
+}
+
+/** What a machine opens while it runs. */
+export interface SandboxFiles {
+  /** Files to read. */
+  readonly readOnly: readonly string[];
+  /** Files and folders to read and write. */
+  readonly readWrite: readonly string[];
+}
+
+interface Drive {
+  readonly device: BlockDevice;
+  readonly path: string;
+}
+
+/** Everything that a started machine owns. */
+interface Run {
+  readonly configuration: BootableConfiguration;
+  readonly memory: GuestMemory;
+  readonly vmm: Vmm;
+  readonly drives: ReadonlyMap<string, Drive>;
+  readonly nics: ReadonlyMap<string, NetDevice>;
+  readonly balloon: BalloonDevice | undefined;
+  readonly forwards: PortForwards;
+  readonly started: number;
+  readonly resources: DisposableStack;
+}
+
+/** Runs one machine. */
+export class MachineController implements Controller {
+  /** Identity of the machine. */
+  readonly id: string;
+  readonly #options: ControllerOptions;
+  #run: Run | undefined;
+  #nameForwards: Parameters<PortForwards["set"]>[0] = [];
+  #state: InstanceState = "Not started";
+  #end: MachineEnd | undefined;
+  #uptime = 0;
+  #exits: RunReport["exits"] = {};
+
+  /**
+   * Starts nothing yet.
+   *
+   * @param options What it is made of
+   */
+  constructor(options: ControllerOptions) {
+    this.id = options.id;
+    this.#options = options;
+  }
+
+  /** How it is, in Firecracker's words. */
+  get state(): InstanceState {
+    return this.#state;
+  }
+
+  /**
+   * Tells how its run goes.
+   *
+   * @returns Uptime in milliseconds, exits by kind, and how it ended
+   */
+  report(): RunReport {
+    const run = this.#run;
+    return {
+      uptime: run ? performance.now() - run.started : this.#uptime,
+      exits: run?.vmm.exits ?? this.#exits,
+      ...(this.#end ? { end: this.#end } : {}),
+    };
+  }
+
+  /**
+   * Builds the machine and runs it.
+   *
+   * @param configuration What it is made of
+   */
+  async start(configuration: BootableConfiguration): Promise<void> {
+    const resources = new DisposableStack();
+    try {
+      const memory = resources.use(new GuestMemory(bootMemoryMib(configuration.machine) * MEBIBYTE));
+      const drives = await this.#openDrives(configuration, memory, resources);
+      const taps = await this.#openTaps(configuration, resources);
+      const forwards = resources.use(new PortForwards());
+      // Guests ask the host for names at an address of their network; all machines of it offer that.
+      const names = new Set(configuration.networkInterfaces.flatMap((nic) => nic.network?.dns ?? []));
+      this.#nameForwards = [...names].flatMap((address) => dnsForwards(address));
+      await forwards.set([...configuration.hypertopia.forwards, ...this.#nameForwards]);
+      this.#run = this.#build(configuration, { memory, drives, taps, forwards }, resources);
+    } catch (error) {
+      resources[Symbol.dispose]();
+      throw error;
+    }
+    this.#run.vmm.resume();
+    this.#state = "Running";
+  }
+
+  /** Stops the vCPUs. */
+  async pause(): Promise<void> {
+    await this.#running.vmm.pause();
+    this.#state = "Paused";
+  }
+
+  /** Lets the vCPUs go on. */
+  resume(): Promise<void> {
+    this.#running.vmm.resume();
+    this.#state = "Running";
+    return Promise.resolve();
+  }
+
+  /** Presses the power button. */
+  sendCtrlAltDel(): Promise<void> {
+    this.#running.vmm.pressPowerButton();
+    return Promise.resolve();
+  }
+
+  /** Powers off at once. */
+  async stop(): Promise<void> {
+    for (const { device } of this.#run?.drives.values() ?? []) await device.close();
+    await this.kill();
+  }
+
+  /** Ends everything at once. */
+  kill(): Promise<void> {
+    if (this.#run) this.#run.vmm.kill();
+    else this.#finish({ reason: "stopped", detail: "it was stopped before it ran" });
+    return Promise.resolve();
+  }
+
+  /** Restarts the guest at once. */
+  reboot(): Promise<void> {
+    this.#running.vmm.restart();
+    return Promise.resolve();
+  }
+
+  /**
+   * Changes the balloon.
+   *
+   * @param target Memory that it is to hold, in bytes
+   */
+  setBalloon(target: number): Promise<void> {
+    this.#balloon.target = target;
+    return Promise.resolve();
+  }
+
+  /**
+   * Tells what is known of the balloon.
+   *
+   * @returns Its size, and the guest's figures
+   */
+  balloonStatistics(): Promise<BalloonStatistics> {
+    const balloon = this.#balloon;
+    return Promise.resolve({
+      targetPages: balloon.target / PAGE,
+      actualPages: balloon.actual / PAGE,
+      ...balloon.latestStatistics,
+    });
+  }
+
+  /**
+   * Changes how often the guest's statistics are asked for.
+   *
+   * @param seconds How often
+   */
+  setStatisticsInterval(seconds: number): Promise<void> {
+    this.#balloon.statisticsInterval = seconds;
+    return Promise.resolve();
+  }
+
+  /**
+   * Changes a disk.
+   *
+   * @param id Its name
+   * @param update What changes; the same path again makes the guest see that the file has grown
+   */
+  async updateDrive(id: string, update: DriveUpdate): Promise<void> {
+    const drive = this.#running.drives.get(id);
+    if (!drive) throw new MachineError(`Cannot change drive "${id}" as the machine has none of that name`);
+    if (update.rateLimiter) drive.device.updateRateLimiter(new RateLimiter(update.rateLimiter));
+    if (update.size !== undefined) await drive.device.grow(Math.max(update.size, drive.device.size));
+    if (update.pathOnHost === undefined) return;
+    if (update.pathOnHost !== drive.path) {
+      throw new MachineError(
+        `Cannot put "${update.pathOnHost}" into drive "${id}" as it is not open to this process: start the machine anew`,
+      );
+    }
+    await drive.device.grow();
+  }
+
+  /**
+   * Changes a NIC.
+   *
+   * @param id Its name
+   * @param update What changes
+   */
+  updateNic(id: string, update: NicUpdate): Promise<void> {
+    const nic = this.#running.nics.get(id);
+    if (!nic) throw new MachineError(`Cannot change NIC "${id}" as the machine has none of that name`);
+    nic.updateLimiters({
+      ...(update.rxRateLimiter ? { receive: new RateLimiter(update.rxRateLimiter) } : {}),
+      ...(update.txRateLimiter ? { transmit: new RateLimiter(update.txRateLimiter) } : {}),
+    });
+    return Promise.resolve();
+  }
+
+  /**
+   * Makes these the port forwards.
+   *
+   * @param forwards All of them
+   */
+  async setForwards(forwards: readonly PortForward[]): Promise<void> {
+    await this.#running.forwards.set([...forwards, ...this.#nameForwards]);
+  }
+
+  /** Writes the metrics where the configuration says. */
+  async flushMetrics(): Promise<void> {
+    const metrics = this.#run?.configuration.metrics;
+    if (!metrics) return;
+    const line = {
+      ...(metrics.emitId ? { id: this.id } : {}),
+      ...metrics.properties,
+      utc_timestamp_ms: Date.now(),
+      ...this.metrics(),
+    };
+    await Deno.writeTextFile(metrics.path, `${JSON.stringify(line)}\n`, { append: true });
+  }
+
+  /**
+   * Tells all counts.
+   *
+   * @returns Exits by kind, and what each device did
+   */
+  metrics(): Readonly<Record<string, unknown>> {
+    const run = this.#run;
+    return {
+      exits: this.report().exits,
+      drives: Object.fromEntries([...run?.drives ?? []].map(([id, { device }]) => [id, device.statistics])),
+      network_interfaces: Object.fromEntries(
+        [...run?.nics ?? []].map(([id, device]) => [id, device.counters]),
+      ),
+    };
+  }
+
+  get #running(): Run {
+    if (this.#run) return this.#run;
+    throw new MachineError("Cannot do this as the machine does not run: start it first");
+  }
+
+  get #balloon(): BalloonDevice {
+    const { balloon } = this.#running;
+    if (balloon) return balloon;
+    throw new MachineError("Cannot use the balloon as the machine has none: configure one before it starts");
+  }
+
+  #build(
+    configuration: BootableConfiguration,
+    parts: Pick<Run, "memory" | "drives" | "forwards"> & { readonly taps: ReadonlyMap<string, Tap> },
+    resources: DisposableStack,
+  ): Run {
+    const { kvm, loop, log } = this.#options;
+    const { machine, bootSource, hypertopia } = configuration;
+    const { memory } = parts;
+    const devices: VmmDevice[] = [];
+    const add = <T extends VmmDevice["device"]>(name: string, device: T, vectors?: number): T => {
+      resources.use(device);
+      devices.push({ name, device, ...(vectors === undefined ? {} : { vectors }) });
+      return device;
+    };
+    const { drives } = parts;
+    for (const [id, { device }] of drives) devices.push({ name: `drive ${id}`, device });
+    const nics = new Map<string, NetDevice>();
+    for (const nic of configuration.networkInterfaces) {
+      const device = new NetDevice({
+        backend: parts.taps.get(nic.id)!,
+        mac: nic.guestMac ?? randomMac(),
+        watcher: loop,
+        ...(nic.mtu === undefined ? {} : { mtu: nic.mtu }),
+        ...(nic.rxRateLimiter ? { receiveLimiter: new RateLimiter(nic.rxRateLimiter) } : {}),
+        ...(nic.txRateLimiter ? { transmitLimiter: new RateLimiter(nic.txRateLimiter) } : {}),
+      });
+      nics.set(nic.id, add(`NIC ${nic.id}`, device));
+    }
+    const output = this.#openConsole(configuration, resources);
+    if (hypertopia.console || hypertopia.channels) {
+      const { channels } = hypertopia;
+      const ports = [
+        {
+          isConsole: true,
+          ...(hypertopia.console ? { socket: hypertopia.console.socket } : {}),
+          onOutput: output,
+        },
+        ...(channels
+          ? [
+            { isConsole: true, socket: channels.control },
+            ...channels.data.flatMap((socket, index) => [
+              { name: `hypertopia.${index}`, isConsole: false, socket },
+              { name: `hypertopia.${index}.err`, isConsole: false, socket: channels.errors[index]! },
+            ]),
+          ]
+          : []),
+      ];
+      // One vector for all queues: each more costs the guest exits at boot, and this is no device for speed.
+      add("console", new ConsoleDevice({ watcher: loop, ports }), 2);
+    }
+    if (configuration.entropy) {
+      const { rateLimiter } = configuration.entropy;
+      add("entropy", new EntropyDevice(rateLimiter ? { rateLimiter: new RateLimiter(rateLimiter) } : {}), 2);
+    }
+    const balloon = configuration.balloon &&
+      add(
+        "balloon",
+        new BalloonDevice({
+          target: configuration.balloon.amountMib * MEBIBYTE,
+          deflateOnOom: configuration.balloon.deflateOnOom,
+          freePageReporting: configuration.balloon.freePageReporting,
+          statisticsInterval: configuration.balloon.statsPollingInterval,
+        }),
+        2,
+      );
+    if (configuration.vsock) {
+      const { guestCid, udsPath: path } = configuration.vsock;
+      add("vsock", new VsockDevice({ guestCid, path, watcher: loop }));
+    }
+    const initramfs = bootSource.initrdPath === undefined ? [] : [bootSource.initrdPath];
+    const isConfined = this.#options.enterSandbox({
+      readOnly: [bootSource.kernelImagePath, ...initramfs],
+      readWrite: configuration.drives.map(({ pathOnHost }) => pathOnHost),
+    });
+    const filter = isConfined ? resources.use(threadFilter()) : undefined;
+    const vmm = resources.use(
+      new Vmm({
+        kvm,
+        loop,
+        cpus: machine.vcpuCount,
+        memory,
+        kernel: bootSource.kernelImagePath,
+        initramfs,
+        commandLine: kernelCommandLine(configuration),
+        devices,
+        ...(hypertopia.console ? {} : { onSerial: (byte) => output(new Uint8Array([byte])) }),
+        onReset: hypertopia.restartOnReset ? "restart" : "end",
+        onEnd: (reason) => this.#ended(reason),
+        onFault: (message) => log.warn(message),
+        ...(filter ? { threadFilter: filter.address } : {}),
+      }),
+    );
+    const { forwards } = parts;
+    return {
+      configuration,
+      memory,
+      vmm,
+      drives,
+      nics,
+      balloon,
+      forwards,
+      started: performance.now(),
+      resources,
+    };
+  }
+
+  async #openDrives(
+    configuration: BootableConfiguration,
+    memory: GuestMemory,
+    resources: DisposableStack,
+  ): Promise<Map<string, Drive>> {
+    const drives = new Map<string, Drive>();
+    for (const { id, pathOnHost: path, format, isReadOnly, ...drive } of configuration.drives) {
+      const device = resources.use(
+        new BlockDevice({
+          file: openFile(path, { memory, format, isReadOnly }),
+          serial: drive.serial ?? id.slice(0, MAX_SERIAL),
+          cache: drive.cacheType === "Unsafe" ? "unsafe" : "writeback",
+          onError: (reason) => this.#options.log.warn(`drive ${id}: ${reason}`),
+          ...(drive.rateLimiter ? { rateLimiter: new RateLimiter(drive.rateLimiter) } : {}),
+        }),
+      );
+      if (!isReadOnly && drive.size !== undefined && drive.size > device.size) await device.grow(drive.size);
+      drives.set(id, { device, path });
+    }
+    return drives;
+  }
+
+  /** Opens the tap of each NIC: one that is there, or one that lives as long as the machine does. */
+  async #openTaps(
+    configuration: BootableConfiguration,
+    resources: DisposableStack,
+  ): Promise<Map<string, Tap>> {
+    const taps = new Map<string, Tap>();
+    for (const { id, network, hostDevName } of configuration.networkInterfaces) {
+      const tap = network ? await this.#options.attachTap(network, hostDevName) : Tap.open(hostDevName);
+      taps.set(id, resources.use(tap));
+    }
+    return taps;
+  }
+
+  /** Where the guest's console goes: its log, the file that the configuration names, or standard output. */
+  #openConsole(
+    configuration: BootableConfiguration,
+    resources: DisposableStack,
+  ): (bytes: Uint8Array<ArrayBuffer>) => void {
+    const path = configuration.hypertopia.console?.log ?? configuration.serial?.outPath;
+    if (path === undefined) return (bytes) => void Deno.stdout.writeSync(bytes);
+    const file = resources.use(Deno.openSync(path, { append: true, create: true, mode: 0o600 }));
+    return (bytes) => {
+      for (let at = 0; at < bytes.length;) at += file.writeSync(bytes.subarray(at));
+    };
+  }
+
+  #ended(reason: EndReason): void {
+    switch (reason.kind) {
+      case "off":
+        return this.#finish({ reason: "poweroff", detail: "the guest powered off" });
+      case "reset":
+        return this.#finish({ reason: "reset", detail: "the guest asked for a restart" });
+      case "killed":
+        return this.#finish({ reason: "stopped", detail: "it was powered off" });
+      case "crashed":
+        return this.#finish({ reason: "crash", detail: reason.detail });
+    }
+  }
+
+  #finish(end: MachineEnd): void {
+    if (this.#end) return;
+    this.#end = end;
+    const run = this.#run;
+    if (!run) return this.#options.onEnd(end);
+    this.#uptime = performance.now() - run.started;
+    this.#exits = run.vmm.exits;
+    this.#run = undefined;
+    // What the guest wrote is on its disks before anybody hears that it has ended.
+    void Promise.allSettled([...run.drives.values()].map(({ device }) => device.close())).then((results) => {
+      for (const result of results) if (result.status === "rejected") this.#options.log.error(result.reason);
+      try {
+        run.resources[Symbol.dispose]();
+      } catch (error) {
+        this.#options.log.error(error);
+      }
+      this.#options.onEnd(end);
+    });
+  }
+}
+
+/** What is wrong with a file is for whoever configured it to know. */
+function openFile(...args: Parameters<typeof openBlockFile>): ReturnType<typeof openBlockFile> {
+  try {
+    return openBlockFile(...args);
+  } catch (cause) {
+    throw new MachineError(cause instanceof Error ? cause.message : String(cause), { cause });
+  }
+}
+
+/** The filter of vCPUs' threads, in memory that they can read and nobody can change. */
+function threadFilter(): Disposable & { readonly address: bigint } {
+  const program = compileFilter(VCPU_THREAD_POLICY);
+  const memory = new Mapping(Math.ceil(filterSize(program) / PAGE) * PAGE);
+  const address = writeFilter(memory, 0, program);
+  memory.protect(PROT_READ);
+  return { address, [Symbol.dispose]: () => memory[Symbol.dispose]() };
+}
+
+function randomMac(): string {
+  // A locally administered unicast address.
+  return [2, ...crypto.getRandomValues(new Uint8Array(5))]
+    .map((byte) => byte.toString(16).padStart(2, "0")).join(":");
+}

@@ -1,0 +1,236 @@
+/**
+ * What a supervisor's process has once: the device, the loop that serves all exits, and the sandbox; and the machines that
+ * it runs, each with an API of its own.
+ *
+ * @module
+ */
+
+import { dirname } from "node:path";
+import { SIOC } from "../../ffi/mod.ts";
+import { identifyProcess, type ProcessIdentity } from "../../planner/mod.ts";
+import { MachineError } from "../errors.ts";
+import { EventLoop } from "../event_loop.ts";
+import { removeIfThere, writeWhole } from "../files.ts";
+import { Kvm } from "../kvm/vm.ts";
+import { HostNetwork } from "../net/host_network.ts";
+import { Api } from "./api.ts";
+import { checkFiles, DEFAULT_CONFIGURATION, type MachineEnd, parseConfigFile } from "./config.ts";
+import { MachineController, type SandboxFiles } from "./controller.ts";
+import type { Log } from "./log.ts";
+import { enterSandbox, type SandboxLayer } from "./sandbox.ts";
+
+/** The file that tells who runs a machine, and how its last run ended. */
+export interface RunFile {
+  /** The process; absent once the run has ended in order. */
+  readonly process?: ProcessIdentity;
+  /** Whether that process runs other machines too. */
+  readonly isShared?: boolean;
+  /** How the run ended; absent while it has not. */
+  readonly end?: MachineEnd;
+}
+
+/** One machine for a supervisor to run. */
+export interface MachineOptions {
+  /** Identity. */
+  readonly id: string;
+  /** Path of the socket of its API. */
+  readonly socket: string;
+  /** Path of the configuration to start at once; without one it waits for its client. */
+  readonly configFile?: string | undefined;
+  /** Path of the {@linkcode RunFile}. */
+  readonly runFile?: string | undefined;
+}
+
+/** What a supervisor is made of. */
+export interface SupervisorOptions {
+  /** Takes what happens to the process. */
+  readonly log: Log;
+  /** Whether it gives up what it does not need. */
+  readonly isSandboxed: boolean;
+  /**
+   * For several machines: what all those to come may read and write. Their networks must be there, as rights to make them
+   * are gone when the first one has started.
+   */
+  readonly shared?: SandboxFiles;
+}
+
+/** What machines that come later open. */
+const DEVICES: readonly string[] = ["/dev/net/tun", "/dev/vhost-net"];
+
+/** What it takes to plug a tap into a bridge. */
+const PLUG_REQUESTS: readonly number[] = [SIOC.GIFFLAGS, SIOC.SIFFLAGS, SIOC.GIFINDEX, SIOC.BRADDIF];
+
+/** Runs machines in this process. */
+export class Supervisor implements Disposable {
+  readonly #options: SupervisorOptions;
+  readonly #kvm = new Kvm();
+  readonly #loop = new EventLoop();
+  /** Taken while `/proc` can still be read. */
+  readonly #identity = identifyProcess()!;
+  readonly #machines = new Set<MachineController>();
+  #isConfined = false;
+  #isEnding = false;
+  #running: Promise<void> | undefined;
+
+  /**
+   * Opens the device.
+   *
+   * @param options Log and sandbox
+   */
+  constructor(options: SupervisorOptions) {
+    this.#options = options;
+    if (!options.isSandboxed) {
+      options.log.warn("there is no sandbox: a guest that breaks out has all rights of this process");
+    }
+  }
+
+  /** How many machines there are. */
+  get count(): number {
+    return this.#machines.size;
+  }
+
+  /** Stops all machines. */
+  async stop(): Promise<void> {
+    await Promise.all([...this.#machines].map((machine) => machine.stop()));
+  }
+
+  /**
+   * Runs a machine.
+   *
+   * @param machine The machine
+   * @param log Takes what happens to it
+   * @returns Tells when it has started, or waits for its client; and how it ended
+   */
+  run(
+    machine: MachineOptions,
+    log: Log,
+  ): { readonly started: Promise<void>; readonly ended: Promise<MachineEnd> } {
+    const started = Promise.withResolvers<void>();
+    // Whoever does not ask how it started is told how it ended.
+    started.promise.catch(() => {});
+    const ended = this.#run(machine, log, started.resolve);
+    ended.catch(started.reject);
+    return { started: started.promise, ended };
+  }
+
+  /** Ends the loop. All machines must have ended. */
+  [Symbol.dispose](): void {
+    this.#isEnding = true;
+    this.#loop.wake();
+    void (this.#running ?? Promise.resolve()).then(() => {
+      this.#loop[Symbol.dispose]();
+      this.#kvm[Symbol.dispose]();
+    });
+  }
+
+  async #run(machine: MachineOptions, log: Log, onStarted: () => void): Promise<MachineEnd> {
+    const { runFile } = machine;
+    const note = async (run: RunFile) => {
+      if (runFile !== undefined) await writeWhole(runFile, JSON.stringify(run));
+    };
+    await note({ process: this.#identity, ...(this.#options.shared ? { isShared: true } : {}) });
+    let end: MachineEnd | undefined;
+    try {
+      end = await this.#serve(machine, log, onStarted);
+      log.info(end.detail);
+      return end;
+    } catch (error) {
+      end = { reason: "failure", detail: error instanceof Error ? error.message : String(error) };
+      log.error(error);
+      throw error;
+    } finally {
+      await note(end ? { end } : {});
+    }
+  }
+
+  async #serve(
+    { id, socket, configFile }: MachineOptions,
+    log: Log,
+    onStarted: () => void,
+  ): Promise<MachineEnd> {
+    const parsed = configFile === undefined
+      ? undefined
+      : parseConfigFile(await Deno.readTextFile(configFile));
+    for (const name of parsed?.ignored ?? []) {
+      log.warn(`the field "${name}" of ${configFile} is not known: it is ignored`);
+    }
+    if (parsed) await checkFiles(parsed.configuration, configFile!);
+    await refuseTaken(socket);
+    const ending = Promise.withResolvers<MachineEnd>();
+    const network = new HostNetwork();
+    const controller = new MachineController({
+      id,
+      kvm: this.#kvm,
+      loop: this.#loop,
+      log,
+      attachTap: (spec, name) =>
+        this.#options.shared ? network.plugTap(spec, name) : network.attachTap(spec, name),
+      enterSandbox: (files) => this.#confine(socket, files),
+      onEnd: ending.resolve,
+    });
+    this.#machines.add(controller);
+    const api = new Api(controller, parsed?.configuration ?? DEFAULT_CONFIGURATION);
+    const server = Deno.serve({
+      path: socket,
+      onListen: () => log.info(`the API listens on ${socket}`),
+    }, (request) => api.handle(request));
+    this.#running ??= this.#loop.run(() => this.#isEnding);
+    try {
+      if (parsed) await api.start();
+      onStarted();
+      return await ending.promise;
+    } finally {
+      this.#machines.delete(controller);
+      await controller.kill();
+      // Whoever asked for the end still gets an answer, but nobody is waited for.
+      await Promise.race([server.shutdown(), new Promise((resolve) => setTimeout(resolve, 200))]);
+      await removeIfThere(socket);
+    }
+  }
+
+  /** Gives up what is not needed any more, once for all machines. */
+  #confine(socket: string, files: SandboxFiles): boolean {
+    const { isSandboxed, shared, log } = this.#options;
+    if (!isSandboxed) return false;
+    if (this.#isConfined) return true;
+    this.#isConfined = true;
+    const folder = dirname(socket);
+    const report = shared
+      ? enterSandbox({
+        folder,
+        readOnly: [...shared.readOnly, ...files.readOnly],
+        readWrite: [...shared.readWrite, ...files.readWrite, ...DEVICES],
+        // Later machines need taps, which they plug into bridges, and serve names to guests.
+        keepCapabilities: ["NET_ADMIN", "NET_BIND_SERVICE"],
+        allow: [
+          { calls: ["ioctl"], when: PLUG_REQUESTS.map((equal) => [{ argument: 1, equal, bits: 32 }]) },
+          // Sockets are made for their owner only.
+          { calls: ["chmod"], when: [[{ argument: 1, equal: 0o600, bits: 32 }]] },
+        ],
+      })
+      : enterSandbox({ folder, ...files });
+    for (const [name, { applied, detail }] of Object.entries(report) as [string, SandboxLayer][]) {
+      if (applied) log.info(`sandbox, ${name}: ${detail}`);
+      else log.warn(`sandbox without ${name}: ${detail}`);
+    }
+    return true;
+  }
+}
+
+/**
+ * A socket of a supervisor that is gone is in the way; one that answers is not ours to take.
+ *
+ * @param socket Path of the socket
+ * @throws {MachineError} If somebody listens
+ */
+export async function refuseTaken(socket: string): Promise<void> {
+  try {
+    (await Deno.connect({ transport: "unix", path: socket })).close();
+  } catch (error) {
+    if (!(error instanceof Deno.errors.NotFound)) await removeIfThere(socket);
+    return;
+  }
+  throw new MachineError(
+    `Cannot listen on "${socket}" as another process does: choose another path, or end it`,
+  );
+}
