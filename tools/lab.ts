@@ -144,7 +144,11 @@ export class Lab implements AsyncDisposable {
     try {
       const paths = labPaths(folder);
       // It has no network: what machines in it boot is fetched here.
-      await debianBuilder.build({ type: "debian", suite: "bookworm" }, { cache: paths.cache, signal, report });
+      await debianBuilder.build({ type: "debian", suite: "bookworm" }, {
+        cache: paths.cache,
+        signal,
+        report,
+      });
       const engine = new QemuEngine(paths);
       const graph = declareLab(options, await findNesting(engine, signal)).evaluate();
       const kinds = machineKinds({

@@ -13,6 +13,9 @@ const PACKAGES: readonly (readonly [name: string, program: string])[] = [
   ["mmdebstrap", "mmdebstrap"],
   ["e2fsprogs", "mke2fs"],
   ["mount", "mount"],
+  ["iproute2", "ip"],
+  ["nftables", "nft"],
+  ["qemu-utils", "qemu-img"],
 ];
 
 interface Count {

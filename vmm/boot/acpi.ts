@@ -10,7 +10,7 @@ import { ECAM, PCI_WINDOW } from "../devices/pci_bus.ts";
 /** Where the tables are in guest memory: below 1 MiB, where guests look for the first of them. */
 export const ACPI_ADDRESS = 0xe_0000;
 /** Room for the tables, in bytes. */
-export const ACPI_LENGTH = 0x2_0000;
+export const ACPI_LENGTH = 0x1_0000;
 
 /** Ports by which a guest sleeps and resets, and the interrupt of the power button. */
 export const POWER = {

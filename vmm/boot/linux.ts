@@ -8,7 +8,7 @@
 import { type GuestMemory, MEMORY_HOLE_END } from "../devices/guest_memory.ts";
 import { ECAM } from "../devices/pci_bus.ts";
 import { MachineError } from "../errors.ts";
-import { ACPI_ADDRESS } from "./acpi.ts";
+import { ACPI_ADDRESS, POWER } from "./acpi.ts";
 
 /** Where things are in guest memory, in bytes. */
 export const LINUX_LAYOUT = {
@@ -33,6 +33,10 @@ const HIGH_MEMORY = 0x10_0000;
 const E820_RAM = 1;
 const E820_RESERVED = 2;
 const PAGE = 4096;
+/** How much of a kernel's file is looked at before it is loaded. */
+const HEADER_ROOM = 4096;
+/** Longest segment of notes that is looked through. */
+const NOTES_ROOM = 0x1_0000;
 
 const SETUP_HEADER = 0x1f1;
 const BOOT_FLAG = 0xaa55;
@@ -48,6 +52,14 @@ const PT_NOTE = 4;
 const EM_X86_64 = 62;
 const XEN_ELFNOTE_PHYS32_ENTRY = 18;
 const START_INFO_MAGIC = 0x336e_c578;
+
+/**
+ * Where a guest jumps to in real mode when it knows no other way to reset: a kernel with hardware-reduced ACPI and without
+ * EFI does. There is no firmware, but this.
+ */
+const RESET_VECTOR = 0xf_fff0;
+/** mov al, 0xfe; out 0x64, al; hlt; jmp -3 */
+const RESET_CODE: readonly number[] = [0xb0, POWER.resetValue, 0xe6, POWER.resetPort, 0xf4, 0xeb, 0xfd];
 
 /** A part of the guest's address space, and whether it is memory. */
 export interface MemoryMapEntry {
@@ -67,14 +79,27 @@ export interface KernelEntry {
   readonly address: number;
 }
 
+/** A file that is read straight into guest memory. */
+export interface BootFile {
+  /** Size in bytes. */
+  readonly length: number;
+  /**
+   * Reads.
+   *
+   * @param offset Where in the file; all that is asked for is in it
+   * @param target What to fill
+   */
+  read(offset: number, target: Uint8Array<ArrayBuffer>): void;
+}
+
 /** What to boot. */
 export interface LinuxBoot {
   /** The kernel's file. */
-  readonly kernel: Uint8Array<ArrayBuffer>;
+  readonly kernel: BootFile;
   /** What the kernel is called in messages. */
   readonly kernelName: string;
   /** Parts of the initramfs, in order; each begins at a multiple of four. */
-  readonly initramfs: readonly Uint8Array[];
+  readonly initramfs: readonly BootFile[];
   /** Command line. */
   readonly commandLine: string;
 }
@@ -106,10 +131,12 @@ export function memoryMap(memory: GuestMemory): MemoryMapEntry[] {
  */
 export function loadLinux(memory: GuestMemory, boot: LinuxBoot): KernelEntry {
   const { kernel, kernelName } = boot;
+  memory.bytes.set(RESET_CODE, memory.offset(RESET_VECTOR, RESET_CODE.length));
   const fail = (reason: string): never => {
     throw new MachineError(`Cannot boot the kernel "${kernelName}" as ${reason}`);
   };
-  const view = new DataView(kernel.buffer, kernel.byteOffset, kernel.length);
+  const header = readPart(kernel, 0, Math.min(kernel.length, HEADER_ROOM));
+  const view = new DataView(header.buffer);
   if (kernel.length >= 64 && view.getUint32(0, true) === ELF_MAGIC) {
     return loadElf(memory, boot, view, fail);
   }
@@ -123,7 +150,7 @@ export function loadLinux(memory: GuestMemory, boot: LinuxBoot): KernelEntry {
   if (version < OLDEST_PROTOCOL || (view.getUint16(0x236, true) & XLF_KERNEL_64) === 0) {
     return fail("it has no 64-bit entry: give a 64-bit kernel of Linux 3.8 or later");
   }
-  const setupSize = ((kernel[SETUP_HEADER] || 4) + 1) * 512;
+  const setupSize = ((header[SETUP_HEADER] || 4) + 1) * 512;
   const initSize = view.getUint32(0x260, true);
   const end = LINUX_LAYOUT.kernel + Math.max(initSize, kernel.length - setupSize);
   // The kernel unpacks itself to its preferred address where it was put below that.
@@ -132,19 +159,26 @@ export function loadLinux(memory: GuestMemory, boot: LinuxBoot): KernelEntry {
   if (kernelEnd > memory.regions[0]!.length) {
     fail(`it needs ${Math.ceil(kernelEnd / 2 ** 20)} MiB of memory: give the machine more`);
   }
-  copy(memory, LINUX_LAYOUT.kernel, kernel.subarray(setupSize));
+  load(memory, LINUX_LAYOUT.kernel, kernel, setupSize, kernel.length - setupSize);
   const initramfs = placeInitramfs(memory, boot.initramfs, kernelEnd, view.getUint32(0x22c, true), fail);
   const limit = Math.min(view.getUint32(0x238, true) + 1 || 256, COMMAND_LINE_ROOM);
   writeCommandLine(memory, boot.commandLine, limit, fail);
   const page = newZeroPage(memory);
-  const headerEnd = 0x202 + kernel[0x201]!;
-  memory.bytes.set(kernel.subarray(SETUP_HEADER, headerEnd), LINUX_LAYOUT.zeroPage + SETUP_HEADER);
+  const headerEnd = 0x202 + header[0x201]!;
+  memory.bytes.set(header.subarray(SETUP_HEADER, headerEnd), LINUX_LAYOUT.zeroPage + SETUP_HEADER);
   finishZeroPage(page, initramfs);
   return { protocol: "linux64", address: LINUX_LAYOUT.kernel + ENTRY_64 };
 }
 
-function copy(memory: GuestMemory, address: number, bytes: Uint8Array): void {
-  memory.bytes.set(bytes, memory.offset(address, bytes.length));
+function readPart(file: BootFile, offset: number, length: number): Uint8Array<ArrayBuffer> {
+  const bytes = new Uint8Array(length);
+  file.read(offset, bytes);
+  return bytes;
+}
+
+function load(memory: GuestMemory, address: number, file: BootFile, offset: number, length: number): void {
+  const start = memory.offset(address, length);
+  file.read(offset, memory.bytes.subarray(start, start + length));
 }
 
 function newZeroPage(memory: GuestMemory): DataView<ArrayBuffer> {
@@ -173,7 +207,7 @@ function finishZeroPage(page: DataView, initramfs: { address: number; length: nu
 
 function placeInitramfs(
   memory: GuestMemory,
-  parts: readonly Uint8Array[],
+  parts: readonly BootFile[],
   kernelEnd: number,
   highest: number,
   fail: (reason: string) => never,
@@ -188,7 +222,7 @@ function placeInitramfs(
   }
   let at = address;
   for (const part of parts) {
-    copy(memory, at, part);
+    load(memory, at, part, 0, part.length);
     at += part.length + 3 & ~3;
   }
   return { address, length };
@@ -204,7 +238,7 @@ function writeCommandLine(
   if (bytes.length > limit) {
     fail(`its command line has ${bytes.length - 1} bytes and it takes ${limit - 1}: shorten cmdline`);
   }
-  copy(memory, LINUX_LAYOUT.commandLine, bytes);
+  memory.bytes.set(bytes, memory.offset(LINUX_LAYOUT.commandLine, bytes.length));
 }
 
 function loadElf(
@@ -218,23 +252,21 @@ function loadElf(
     return fail("its ELF file is not for x86-64: give a 64-bit kernel");
   }
   const wide = (offset: number) => Number(view.getBigUint64(offset, true));
-  const table = wide(32);
   const size = view.getUint16(54, true);
   const count = view.getUint16(56, true);
-  if (size < 56 || table + size * count > boot.kernel.length) {
+  const start = wide(32);
+  if (size < 56 || start + size * count > boot.kernel.length) {
     return fail("its ELF program headers are cut short");
   }
+  const table = new DataView(readPart(boot.kernel, start, size * count).buffer);
   let kernelEnd: number = LINUX_LAYOUT.kernel;
   let pvhEntry: number | undefined;
   for (let index = 0; index < count; index++) {
-    const at = table + size * index;
-    const type = view.getUint32(at, true);
-    const [offset, address, fileSize, memorySize] = [
-      wide(at + 8),
-      wide(at + 24),
-      wide(at + 32),
-      wide(at + 40),
-    ];
+    const at = size * index;
+    const type = table.getUint32(at, true);
+    const [offset, address, fileSize, memorySize] = [8, 24, 32, 40].map((field) =>
+      Number(table.getBigUint64(at + field, true))
+    ) as [number, number, number, number];
     if ((type === PT_LOAD || type === PT_NOTE) && offset + fileSize > boot.kernel.length) {
       return fail("a segment of its ELF file is cut short");
     }
@@ -246,9 +278,11 @@ function loadElf(
         const wanted = Math.ceil((address + memorySize) / 2 ** 20);
         return fail(`it needs ${wanted} MiB of memory: give the machine more`);
       }
-      copy(memory, address, boot.kernel.subarray(offset, offset + fileSize));
+      load(memory, address, boot.kernel, offset, fileSize);
       kernelEnd = Math.max(kernelEnd, address + memorySize);
-    } else if (type === PT_NOTE) pvhEntry ??= findPvhEntry(view, offset, offset + fileSize);
+    } else if (type === PT_NOTE && fileSize <= NOTES_ROOM) {
+      pvhEntry ??= findPvhEntry(new DataView(readPart(boot.kernel, offset, fileSize).buffer));
+    }
   }
   const initramfs = placeInitramfs(memory, boot.initramfs, kernelEnd, 0x7fff_ffff, fail);
   writeCommandLine(memory, boot.commandLine, COMMAND_LINE_ROOM, fail);
@@ -266,16 +300,18 @@ function loadElf(
   return { protocol: "linux64", address: wide(24) };
 }
 
-function findPvhEntry(view: DataView, start: number, end: number): number | undefined {
-  for (let at = start; at + 12 <= end;) {
-    const nameSize = view.getUint32(at, true);
-    const size = view.getUint32(at + 4, true);
-    const type = view.getUint32(at + 8, true);
+function findPvhEntry(notes: DataView): number | undefined {
+  const end = notes.byteLength;
+  for (let at = 0; at + 12 <= end;) {
+    const nameSize = notes.getUint32(at, true);
+    const size = notes.getUint32(at + 4, true);
+    const type = notes.getUint32(at + 8, true);
+    if (nameSize > end || size > end) return undefined;
     const value = at + 12 + (nameSize + 3 & ~3);
     const next = value + (size + 3 & ~3);
-    if (nameSize > end - start || size > end - start || next > end) return undefined;
-    const isXen = nameSize === 4 && view.getUint32(at + 12, true) === 0x006e_6558;
-    if (isXen && type === XEN_ELFNOTE_PHYS32_ENTRY && size >= 4) return view.getUint32(value, true);
+    if (next > end) return undefined;
+    const isXen = nameSize === 4 && notes.getUint32(at + 12, true) === 0x006e_6558;
+    if (isXen && type === XEN_ELFNOTE_PHYS32_ENTRY && size >= 4) return notes.getUint32(value, true);
     at = next;
   }
   return undefined;

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { GuestMemory } from "../devices/guest_memory.ts";
 import { MachineError } from "../errors.ts";
-import { LINUX_LAYOUT, loadLinux, memoryMap } from "./linux.ts";
+import { type BootFile, LINUX_LAYOUT, loadLinux, memoryMap } from "./linux.ts";
 
 const MEBIBYTE = 2 ** 20;
 
@@ -58,9 +58,20 @@ function elf(note: boolean): Uint8Array<ArrayBuffer> {
   return file;
 }
 
-function load(kernel: Uint8Array<ArrayBuffer>, memory: GuestMemory, commandLine = "quiet") {
-  const initramfs = [new Uint8Array(5).fill(1), new Uint8Array(3).fill(2)];
-  return loadLinux(memory, { kernel, kernelName: "k", initramfs, commandLine });
+/** A file that minds its bounds. */
+function file(bytes: Uint8Array): BootFile {
+  return {
+    length: bytes.length,
+    read(offset, target) {
+      assert.ok(offset >= 0 && offset + target.length <= bytes.length);
+      target.set(bytes.subarray(offset, offset + target.length));
+    },
+  };
+}
+
+function load(kernel: Uint8Array, memory: GuestMemory, commandLine = "quiet") {
+  const initramfs = [file(new Uint8Array(5).fill(1)), file(new Uint8Array(3).fill(2))];
+  return loadLinux(memory, { kernel: file(kernel), kernelName: "k", initramfs, commandLine });
 }
 
 Deno.test("loadLinux() puts a bzImage, its initramfs and its command line into memory", () => {
@@ -76,6 +87,7 @@ Deno.test("loadLinux() puts a bzImage, its initramfs and its command line into m
   assert.equal(page.getUint32(0x21c, true), 12);
   assert.equal(start % 4096, 0);
   assert.deepEqual([...memory.bytes.subarray(start, start + 12)], [1, 1, 1, 1, 1, 0, 0, 0, 2, 2, 2, 0]);
+  assert.deepEqual([...memory.bytes.subarray(0xf_fff0, 0xf_fff4)], [0xb0, 0xfe, 0xe6, 0x64]);
   assert.equal(new TextDecoder().decode(memory.bytes.subarray(0x2_0000, 0x2_0006)), "quiet\0");
   const entries = page.getUint8(0x1e8);
   assert.equal(entries, 4);

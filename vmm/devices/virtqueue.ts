@@ -258,7 +258,7 @@ export class Virtqueue {
     let next = head;
     for (let count = 0;; count++) {
       // A chain that is longer than its table has a loop.
-      if (count >= limit || count >= MAX_CHAIN) {
+      if (count >= limit || readable.length + writable.length >= MAX_CHAIN) {
         throw new VirtqueueError(`queue ${this.index} offers a chain without end`);
       }
       const at = table + DESCRIPTOR_SIZE * next;

@@ -142,6 +142,14 @@ Deno.test("Virtqueue refuses what no driver may offer", () => {
       }
       driver.setDescriptor(0, table, 16 * count, DESC_F.INDIRECT);
     }, /chain without end/],
+    ["long, with what is before the table", ({ driver, arena }) => {
+      const table = arena.take(16 * MAX_CHAIN);
+      for (let index = 0; index < MAX_CHAIN; index++) {
+        driver.setDescriptor(index, table, 1, index === MAX_CHAIN - 1 ? 0 : DESC_F.NEXT, index + 1, table);
+      }
+      driver.setDescriptor(0, table, 1, DESC_F.NEXT, 1);
+      driver.setDescriptor(1, table, 16 * MAX_CHAIN, DESC_F.INDIRECT);
+    }, /chain without end/],
   ];
   for (const [name, offer, error] of cases) {
     using b = bench(8, VIRTIO_F_INDIRECT_DESC);

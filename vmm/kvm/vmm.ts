@@ -6,7 +6,7 @@
 
 import { Fd, KVM_EXIT, libc, SysError } from "../../ffi/mod.ts";
 import { ACPI_ADDRESS, acpiTables, POWER } from "../boot/acpi.ts";
-import { LINUX_LAYOUT, loadLinux } from "../boot/linux.ts";
+import { type BootFile, LINUX_LAYOUT, loadLinux } from "../boot/linux.ts";
 import { enterLongMode, enterProtectedMode, writeLongModeTables } from "../boot/long_mode.ts";
 import type { GuestMemory } from "../devices/guest_memory.ts";
 import { HostBridge, PciBus } from "../devices/pci_bus.ts";
@@ -417,10 +417,11 @@ class Hardware implements Disposable {
           FIRST_BUS_SLOT,
         ),
       );
+      using files = new DisposableStack();
       const entry = loadLinux(memory, {
-        kernel: readPart("kernel", options.kernel),
+        kernel: files.use(openPart("kernel", options.kernel)),
         kernelName: options.kernel,
-        initramfs: options.initramfs.map((path) => readPart("initramfs", path)),
+        initramfs: options.initramfs.map((path) => files.use(openPart("initramfs", path))),
         commandLine: options.commandLine,
       });
       const tables = acpiTables({ cpus, hasSerial: this.serial !== undefined });
@@ -490,16 +491,28 @@ function describeRegisters(vcpu: Vcpu): string {
   ).join(" ");
 }
 
-function readPart(what: string, path: string): Uint8Array<ArrayBuffer> {
+function openPart(what: string, path: string): BootFile & Disposable {
+  const fail = (cause: unknown): never => {
+    const reason = cause instanceof Error ? cause.message : String(cause);
+    throw new MachineError(`Cannot read the ${what} "${path}" as ${reason}: give a file that is there`, {
+      cause,
+    });
+  };
   try {
-    return Deno.readFileSync(path);
+    const file = Deno.openSync(path);
+    return {
+      length: file.statSync().size,
+      read(offset, target) {
+        file.seekSync(offset, Deno.SeekMode.Start);
+        for (let at = 0; at < target.length;) {
+          const count = file.readSync(target.subarray(at)) ?? fail("it was cut short meanwhile");
+          at += count;
+        }
+      },
+      [Symbol.dispose]: () => file.close(),
+    };
   } catch (cause) {
-    throw new MachineError(
-      `Cannot read the ${what} "${path}" as ${
-        cause instanceof Error ? cause.message : cause
-      }: give a file that is there`,
-      { cause },
-    );
+    return fail(cause);
   }
 }
 
