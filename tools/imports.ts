@@ -44,7 +44,7 @@ export function findProblems(path: string, text: string): string[] {
   const problems: string[] = [];
   // Examples in comments import as users do.
   const code = text.replaceAll(/\/\*[\s\S]*?\*\//g, "");
-  for (const match of code.matchAll(/(?:from|import)\s*\(?\s*"([^"]+)"/g)) {
+  for (const match of code.matchAll(/\b(?:from|import)\s*\(?\s*"([^"]+)"/g)) {
     const target = match[1]!;
     if (target.startsWith("node:") || target.includes("${")) continue;
     if (!target.startsWith(".")) {

@@ -22,6 +22,7 @@ export class EventLoop implements Watcher, Disposable {
   readonly #view = new DataView(this.#memory.buffer);
   readonly #watched = new Map<number, () => void>();
   #isWaiting = false;
+  #isExpecting = false;
 
   /** Watches nothing yet. */
   constructor() {
@@ -78,17 +79,28 @@ export class EventLoop implements Watcher, Disposable {
   }
 
   /**
-   * Serves until told to end. What comes soon after something else is waited for on this thread: to wake it from there
-   * takes a third of what it takes through the pool.
+   * Says that what was just served is likely to be followed by the like at once, as exits of a vCPU are.
+   * {@linkcode EventLoop.run} then waits for it on this thread: to wake it from there takes a third of what it takes
+   * through the pool.
+   */
+  expectMore(): void {
+    this.#isExpecting = true;
+  }
+
+  /**
+   * Serves until told to end.
    *
    * @param isDone Asked between turns
-   * @param isHoldable Whether nothing else of the isolate is under way that this thread must not be kept from
    */
-  async run(isDone: () => boolean, isHoldable: () => boolean = () => true): Promise<void> {
+  async run(isDone: () => boolean): Promise<void> {
     while (!isDone()) {
       const end = performance.now() + LONGEST_TURN;
       let found = await this.wait();
-      while (found > 0 && !isDone() && performance.now() < end) found = this.poll(isHoldable() ? 1 : 0);
+      while (found > 0 && !isDone() && performance.now() < end) {
+        const timeout = this.#isExpecting ? 1 : 0;
+        this.#isExpecting = false;
+        found = this.poll(timeout);
+      }
       // A busy guest must not keep timers and sockets of the isolate from their turn.
       if (found > 0) await new Promise<void>((resolve) => setImmediate(resolve));
     }

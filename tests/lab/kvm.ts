@@ -108,7 +108,7 @@ Deno.test("a machine lives a whole life: disk, network, memory, pause, restart, 
   const total = async () => Number(await inGuest(place, "awk '/MemTotal/ { print $2 }' /proc/meminfo"));
   const whole = await total();
   await place.declare(declare({ memory: "192MiB", size: "96MiB" }));
-  assert.match((await place.run(["plan"])).stdout, /~ web +live .*memory 256MiB → 192MiB +\(balloon\)/);
+  assert.match((await place.run(["plan"])).stdout, /~ web +live .*memory 256MiB → 192MiB +\(live: balloon\)/);
   await place.run(["apply", "--yes", "--max-disruption=live"]);
   assert.equal(whole - await total(), 64 * 1024);
   assert.equal(await inGuest(place, "cat /sys/block/vda/size"), `${96 * 2048}\n`);
@@ -150,7 +150,7 @@ Deno.test("a machine lives a whole life: disk, network, memory, pause, restart, 
   // An orderly end leaves nothing: no process, file, bridge or tap.
   await place.run(["destroy", "--yes"]);
   assert.deepEqual(await place.processes(), []);
-  assert.deepEqual((await place.leftovers()).filter((path) => !path.endsWith(".lock")), []);
+  assert.deepEqual((await place.leftovers()).filter((path) => path !== "network.lock"), []);
   assert.deepEqual(
     [...Deno.readDirSync("/sys/class/net")].map(({ name }) => name).filter((name) => /^ht/.test(name)),
     [],
@@ -181,4 +181,36 @@ Deno.test("auto() takes KVM where it runs code, and doctor shows how fast", asyn
   const { stdout } = await place.run(["doctor"], { code: null });
   assert.match(stdout, /works +kvm +a loop takes [\d.]+ ns a turn/);
   assert.match(stdout, /auto\(\) takes kvm/);
+});
+
+Deno.test("machines of a stack share a process, and one ends without the other", async () => {
+  await using place = new Place();
+  const pair = (power: string) => `
+    const lan = network({ cidr: "10.41.0.0/24", nat: false });
+    const machine = (power) => vm({
+      memory: "96MiB", maxMemory: "96MiB", image: debian(), engine: kvm({ isolation: "shared" }),
+      nics: { eth0: lan.nic() }, power,
+    });
+    const one = machine("${power}");
+    const two = machine("running");
+    return { lan, one, two, ip: one.nics.eth0.ip };
+  `;
+  await place.declare(pair("running"));
+  await place.run(["apply", "--yes"]);
+  const [pid, ...others] = await place.processes();
+  assert.deepEqual(others, []);
+  const ip = (await place.run(["output", "ip"])).stdout.trim();
+  const ping = await place.run(["exec", "two", "--", "ping", "-c", "2", "-W", "5", ip]);
+  assert.match(ping.stdout, /2 packets received/);
+  await place.declare(pair("stopped"));
+  await place.run(["apply", "--yes"]);
+  assert.deepEqual(await place.processes(), [pid]);
+  assert.equal((await place.run(["exec", "two", "--", "hostname"])).stdout, "two\n");
+  await place.declare(pair("running"));
+  await place.run(["apply", "--yes"]);
+  assert.equal((await place.run(["exec", "one", "--", "hostname"])).stdout, "one\n");
+  assert.deepEqual(threads(pid!, "Seccomp"), new Set(["2"]));
+  await place.run(["destroy", "--yes"]);
+  assert.deepEqual(await place.processes(), []);
+  assert.deepEqual((await place.leftovers()).filter((path) => path !== "network.lock"), []);
 });

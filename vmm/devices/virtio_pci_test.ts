@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { Fd } from "../../ffi/mod.ts";
+import type { Fd } from "../../ffi/mod.ts";
 import { EventLoop } from "../event_loop.ts";
 import { GuestMemory } from "./guest_memory.ts";
 import { ECAM, FUNCTION_MEMORY, HostBridge, PCI_WINDOW, PciBus } from "./pci_bus.ts";

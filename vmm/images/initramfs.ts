@@ -21,6 +21,8 @@ export const GUEST_MODULES: readonly string[] = [
   "virtio_net",
   "virtio_balloon",
   "virtio_rng",
+  // ext4 asks the kernel for it by what it does, not by its name.
+  "crc32c_generic",
   "ext4",
 ];
 

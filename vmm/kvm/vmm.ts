@@ -250,8 +250,10 @@ export class Vmm implements Disposable {
     if (result === undefined || !hardware) return;
     const change = result === 0 ? this.#serve(hardware, vcpu) : this.#interrupted(vcpu, result);
     if (change) return change();
-    if (this.#state === "running") vcpu.resume();
-    else this.#noteStopped();
+    if (this.#state === "running") {
+      vcpu.resume();
+      this.#options.loop.expectMore();
+    } else this.#noteStopped();
   }
 
   #interrupted(vcpu: Vcpu, result: number): (() => void) | undefined {

@@ -17,6 +17,7 @@ const spec: MachineSpec = {
     name: "eth0",
     mac: "02:00:00:00:00:01",
     ip: "10.0.0.3",
+    network: "lan",
     cidr: "10.0.0.0/24",
     gateway: "10.0.0.1",
     dns: "10.0.0.2",
