@@ -174,7 +174,7 @@ Deno.test({
         await attempt("write", () => Deno.writeTextFileSync(file, "x"));
         await attempt("mode", () => Deno.chmodSync(file, 0o777));
         await attempt("owner", () => Deno.chownSync(file, 0, 0));
-        await attempt("execute", () => import(`file://${file}`));
+        await attempt("execute", () => import(new URL(file, "file:").href));
         await attempt("memory", () => Deno.openSync("/proc/self/mem", { write: true }));
         await attempt("other process", () => Deno.readTextFileSync("/proc/1/environ"));
         await attempt("granted", () => Deno.readTextFileSync("/etc/passwd"));
