@@ -23,7 +23,8 @@ import { MachineError, writeError } from "../errors.ts";
 import { exists, lockFile, removeIfThere, writeWhole } from "../files.ts";
 import { GuestChannel, guestEndpoints } from "../guest/channel.ts";
 import { findPanic, joinFiles, needsRestart, RESTART_GRACE, tailOf } from "../machine_files.ts";
-import { bridgeName, type BridgeSpec, canUseTap, HostNetwork, tapName } from "../net/host_network.ts";
+import { bridgeName, type BridgeSpec, canUseTap, hasNft, HostNetwork, tapName } from "../net/host_network.ts";
+import { kvmKey, probeOncePerKey } from "../probe_cache.ts";
 import { hostPaths, machineFolder, type Paths } from "../paths.ts";
 import { requestMachine, SupervisorClient } from "../supervisor/client.ts";
 import { configurationJson, type MachineConfiguration, type PortForward } from "../supervisor/config.ts";
@@ -130,8 +131,10 @@ export class KvmEngine implements Engine {
    * @param options What the machine needs
    * @returns What was found
    */
-  probe(options: OperationOptions & { needs?: MachineNeeds } = {}): Promise<Capabilities> {
-    const device = probeKvm();
+  async probe(
+    options: OperationOptions & { engine?: MachineSpec["engine"]; needs?: MachineNeeds } = {},
+  ): Promise<Capabilities> {
+    const device = await probeOncePerKey(join(this.#paths.cache, "kvm.json"), await kvmKey(), probeKvm);
     const network = device.isUsable ? canUseTap() : { isUsable: false, detail: "not looked at" };
     const findings = [
       { name: "device", isUsable: device.isUsable, detail: device.detail },
@@ -142,17 +145,14 @@ export class KvmEngine implements Engine {
       ? device.detail
       : needs?.hasNics && !network.isUsable
       ? `its NICs need taps: ${network.detail}`
+      : needs?.hasNics && options.engine?.type === "auto" && !(await hasNft())
+      ? "its NICs may need NAT, and nft is not installed (apt-get install nftables)"
       : needs?.hasFirmware
       ? "it has no firmware to boot a disk by: give the machine a kernel"
       : (needs?.cpus ?? 1) > MAX_VCPUS
       ? `it runs at most ${MAX_VCPUS} vCPUs`
       : undefined;
-    return Promise.resolve({
-      engine: "kvm",
-      isUsable: reason === undefined,
-      detail: reason ?? device.detail,
-      findings,
-    });
+    return { engine: "kvm", isUsable: reason === undefined, detail: reason ?? device.detail, findings };
   }
 
   /**

@@ -13,6 +13,8 @@ import { MachineError } from "../errors.ts";
 import { lockFile } from "../files.ts";
 import { hostPaths } from "../paths.ts";
 
+/** A user's PATH may lack the folder that Debian has it in. */
+const NFT_PROGRAMS: readonly string[] = ["nft", "/usr/sbin/nft"];
 const FORWARDING = "/proc/sys/net/ipv4/ip_forward";
 
 /** A network as the host has it. */
@@ -76,6 +78,21 @@ export function canUseTap(): { isUsable: boolean; detail: string } {
   return { isUsable: true, detail: `taps and bridges can be made; ${server}` };
 }
 
+/**
+ * Tells whether the program that sets rules for NAT is there.
+ *
+ * @returns Whether it is
+ */
+export async function hasNft(): Promise<boolean> {
+  for (const program of NFT_PROGRAMS) {
+    const works = await new Deno.Command(program, { args: ["--version"], stdout: "null", stderr: "null" })
+      .output()
+      .then(({ success }) => success, () => false);
+    if (works) return true;
+  }
+  return false;
+}
+
 /** What a {@linkcode HostNetwork} can be given. */
 export interface HostNetworkOptions {
   /** Path of the file that processes lock; one in the data folder of this host unless told. */
@@ -96,8 +113,7 @@ export class HostNetwork {
    */
   constructor(options: HostNetworkOptions = {}) {
     this.#lock = options.lock ?? join(hostPaths().data, "network.lock");
-    // A user's PATH may lack the folder that Debian has it in.
-    this.#nft = new Nft(options.nft ? [options.nft] : ["nft", "/usr/sbin/nft"]);
+    this.#nft = new Nft(options.nft ? [options.nft] : NFT_PROGRAMS);
   }
 
   /**

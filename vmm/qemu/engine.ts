@@ -23,6 +23,7 @@ import { MachineError, writeError } from "../errors.ts";
 import { exists, lockFile, removeIfThere, writeWhole } from "../files.ts";
 import { GuestChannel, guestEndpoints } from "../guest/channel.ts";
 import { findPanic, joinFiles, needsRestart, RESTART_GRACE, tailOf } from "../machine_files.ts";
+import { kvmKey, probeOncePerKey } from "../probe_cache.ts";
 import { hostPaths, machineFolder, type Paths } from "../paths.ts";
 import {
   type AcceleratorName,
@@ -136,22 +137,12 @@ async function probeOnce(paths: Paths, binary: string, signal?: AbortSignal): Pr
   const program = await which(binary);
   if (program === undefined) throw new QemuMissingError(binary);
   const { mtime, size } = await Deno.stat(program);
-  const device = await Deno.stat("/dev/kvm").then(
-    (info) => `${info.mode} ${info.uid} ${info.gid}`,
-    () => "none",
+  const key = [await kvmKey(), program, mtime?.getTime(), size].join(" ");
+  return await probeOncePerKey(
+    join(paths.cache, "accelerators.json"),
+    key,
+    () => probeAccelerators({ binary: program, ...(signal ? { signal } : {}) }),
   );
-  const key = [identifyProcess()?.boot, program, mtime?.getTime(), size, device, Deno.uid()].join(" ");
-  const file = join(paths.cache, "accelerators.json");
-  try {
-    const cached = JSON.parse(await Deno.readTextFile(file)) as { key: string; reports: AcceleratorReport[] };
-    if (cached.key === key) return cached.reports;
-  } catch {
-    // Never probed, or damaged: it is made again.
-  }
-  const reports = await probeAccelerators({ binary: program, ...(signal ? { signal } : {}) });
-  await Deno.mkdir(paths.cache, { recursive: true });
-  await writeWhole(file, JSON.stringify({ key, reports }));
-  return reports;
 }
 
 async function which(binary: string): Promise<string | undefined> {
