@@ -41,7 +41,8 @@ export async function buildInitramfs(
   modules: readonly string[],
   context: BuildContext,
 ): Promise<string> {
-  const key = storeKey("initramfs", kernel.key, await sha256(busybox), modules, INIT_SCRIPT, AGENT_SCRIPT);
+  const wanted = [...GUEST_MODULES, ...modules];
+  const key = storeKey("initramfs", kernel.key, await sha256(busybox), wanted, INIT_SCRIPT, AGENT_SCRIPT);
   const { folder } = await storeEntry(context, `initramfs/${key}`, "the initramfs", async (part) => {
     context.report("building the initramfs");
     const encoder = new TextEncoder();
@@ -54,7 +55,7 @@ export async function buildInitramfs(
     const order: string[] = [];
     if (kernel.modules !== undefined) {
       const optional = new Set(GUEST_MODULES);
-      for (const file of await modulesInOrder(kernel.modules, [...GUEST_MODULES, ...modules], optional)) {
+      for (const file of await modulesInOrder(kernel.modules, wanted, optional)) {
         const name = basename(file).replace(/\.(xz|zst|gz)$/, "");
         entries.push({
           path: `/hypertopia/modules/${name}`,
