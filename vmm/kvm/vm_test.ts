@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { Fd, KVM_EXIT, Mapping } from "../../ffi/mod.ts";
+import { Fd, KVM_EXIT, KVM_MEM, Mapping } from "../../ffi/mod.ts";
 import { enterLongMode, writeLongModeTables } from "../boot/long_mode.ts";
 import { EventLoop } from "../event_loop.ts";
 import { ENTRY_LAYOUT } from "./thread.ts";
@@ -125,6 +125,72 @@ kvmTest("an ioeventfd takes a write without an exit", () => {
   assert.equal(guest.next(), KVM_EXIT.HLT);
   assert.equal(epoll.poll(memory.pointer, 0), 1);
   assert.equal(event.drain(), 1n);
+});
+
+kvmTest("an irqfd interrupts a guest that halts", () => {
+  const payload = new Array<number>(0x1000).fill(0xf4);
+  const put = (at: number, ...bytes: number[]) => bytes.forEach((byte, index) => payload[at + index] = byte);
+  // cli; the 8259: edge, vectors from 0x20, no cascade to speak of, 8086 mode, nothing masked
+  put(
+    0,
+    0xfa,
+    0xb0,
+    0x11,
+    0xe6,
+    0x20,
+    0xb0,
+    0x20,
+    0xe6,
+    0x21,
+    0xb0,
+    4,
+    0xe6,
+    0x21,
+    0xb0,
+    1,
+    0xe6,
+    0x21,
+    0xb0,
+    0,
+    0xe6,
+    0x21,
+  );
+  // mov word [0x90], 0x1800; mov word [0x92], 0: the handler of vector 0x24. sti; hlt; jmp -3
+  put(21, 0xc7, 0x06, 0x90, 0, 0, 0x18, 0xc7, 0x06, 0x92, 0, 0, 0, 0xfb, 0xf4, 0xeb, 0xfd);
+  // mov dx, 0x3f8; out dx, al; mov al, 0x20; out 0x20, al; iret
+  put(0x800, 0xba, 0xf8, 0x03, 0xee, 0xb0, 0x20, 0xe6, 0x20, 0xcf);
+  using guest = new Guest(payload, { irqchip: true });
+  using event = Fd.event();
+  guest.vm.setIrqEvent(event, 4);
+  for (let round = 0; round < 3; round++) {
+    guest.vcpu.resume();
+    if (round === 0) assert.equal(guest.wait(50), undefined);
+    event.signal();
+    assert.equal(guest.wait(20_000), 0);
+    assert.equal(guest.vcpu.run.get("exit_reason"), BigInt(KVM_EXIT.IO));
+    assert.equal(guest.vcpu.run.get("io.port"), 0x3f8n);
+  }
+  // Ended, it keeps what it counts.
+  guest.vm.setIrqEvent(event, 4, true);
+  event.signal();
+  assert.equal(event.drain(), 1n);
+});
+
+kvmTest("the log of dirty pages tells what a guest wrote to, once", () => {
+  // mov [0x5000], al; mov [0x7fff], al; out dx, al; hlt
+  using guest = new Guest([0xa2, 0x00, 0x50, 0xa2, 0xff, 0x7f, 0xee, 0xf4], {
+    flags: KVM_MEM.LOG_DIRTY_PAGES,
+  });
+  using bitmap = new Mapping(4096);
+  const pages = () => {
+    guest.vm.takeDirtyLog(0, bitmap);
+    const bits = new DataView(bitmap.buffer).getUint32(0, true);
+    return Array.from({ length: 16 }, (_, page) => page).filter((page) => (bits >> page & 1) === 1);
+  };
+  pages();
+  assert.equal(guest.next(), KVM_EXIT.IO);
+  assert.deepEqual(pages(), [5, 7]);
+  assert.deepEqual(pages(), []);
 });
 
 kvmTest("a kick takes a vCPU out of an endless loop, and it goes on afterwards", () => {

@@ -77,6 +77,8 @@ export interface DriveConfiguration {
   readonly format: "raw" | "qcow2";
   /** Serial number that the guest sees, at most 20 characters. Ours, not Firecracker's. */
   readonly serial?: string;
+  /** Whether reads and writes go past the host's page cache; false unless told. Ours, not Firecracker's. */
+  readonly isDirect?: boolean;
   /** Least capacity in bytes: a file that is smaller is grown. Ours, not Firecracker's. */
   readonly size?: number;
 }
@@ -680,6 +682,7 @@ export const driveJson: Codec<DriveConfiguration> = object<DriveConfiguration>({
   ioEngine: usually("Sync", required("io_engine", oneOf("Sync", "Async"))),
   format: quiet(usually("raw", required("format", oneOf("raw", "qcow2")))),
   serial: quiet(optional("serial", serialNumber)),
+  isDirect: quiet(optional("direct", flag)),
   size: quiet(optional("size", diskSize)),
 }, {
   unsupported: {

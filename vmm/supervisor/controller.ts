@@ -439,7 +439,7 @@ export class MachineController implements Controller {
     for (const { id, pathOnHost: path, format, isReadOnly, ...drive } of configuration.drives) {
       const device = resources.use(
         new BlockDevice({
-          file: openFile(path, { memory, format, isReadOnly }),
+          file: openFile(path, { memory, format, isReadOnly, isDirect: drive.isDirect ?? false }),
           serial: drive.serial ?? id.slice(0, MAX_SERIAL),
           cache: drive.cacheType === "Unsafe" ? "unsafe" : "writeback",
           onError: (reason) => this.#options.log.warn(`drive ${id}: ${reason}`),
