@@ -12,6 +12,9 @@ const BENCHES: Readonly<Record<string, () => Promise<{ default: () => AsyncItera
   start: () => import("./start.ts"),
   overhead: () => import("./overhead.ts"),
   exit: () => import("./exit.ts"),
+  boot: () => import("./boot.ts"),
+  memory: () => import("./memory.ts"),
+  block: () => import("./block.ts"),
 };
 
 if (import.meta.main) {

@@ -35,6 +35,8 @@ Deno.test("a client of Firecracker's configures, starts, watches, pauses and end
   new TextEncoder().encodeInto("sixteen letters!", disk);
   await Deno.writeFile(join(folder, "disk"), disk);
   await sh("ip tuntap add dev tap0 mode tap");
+  await using stack = new AsyncDisposableStack();
+  stack.defer(() => sh("ip link del tap0"));
   await sh("ip link set tap0 up");
 
   const supervisor = new Deno.Command(Deno.execPath(), {
@@ -42,7 +44,15 @@ Deno.test("a client of Firecracker's configures, starts, watches, pauses and end
     stdout: "piped",
     stderr: "piped",
   }).spawn();
-  const client = Deno.createHttpClient({ proxy: { transport: "unix", path: api } });
+  let isRunning = true;
+  void supervisor.status.then(() => isRunning = false);
+  stack.defer(() => {
+    if (isRunning) supervisor.kill("SIGKILL");
+  });
+  const client = stack.adopt(
+    Deno.createHttpClient({ proxy: { transport: "unix", path: api } }),
+    (each) => each.close(),
+  );
   const call = async (method: string, path: string, body?: unknown) => {
     const response = await fetch(`http://localhost${path}`, {
       client,
@@ -117,14 +127,12 @@ Deno.test("a client of Firecracker's configures, starts, watches, pauses and end
   await file.seek(1024, Deno.SeekMode.Start);
   await file.write(new TextEncoder().encode("end\n"));
   const { code, stderr } = await supervisor.output();
-  client.close();
   assert.equal(code, 0, new TextDecoder().decode(stderr));
   assert.match(await Deno.readTextFile(join(folder, "log")), /the guest powered off/);
   assert.deepEqual(
     [...Deno.readDirSync(folder)].map(({ name }) => name).filter((name) => /sock/.test(name)),
     [],
   );
-  await sh("ip link del tap0");
   await Deno.remove(folder, { recursive: true });
 });
 

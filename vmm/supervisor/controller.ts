@@ -150,6 +150,7 @@ export class MachineController implements Controller {
   async start(configuration: BootableConfiguration): Promise<void> {
     const resources = new DisposableStack();
     try {
+      if (configuration.logger) this.#options.log.configure(configuration.logger);
       const memory = resources.use(new GuestMemory(bootMemoryMib(configuration.machine) * MEBIBYTE));
       const drives = await this.#openDrives(configuration, memory, resources);
       const taps = await this.#openTaps(configuration, resources);
@@ -395,7 +396,14 @@ export class MachineController implements Controller {
     }
     const initramfs = bootSource.initrdPath === undefined ? [] : [bootSource.initrdPath];
     const isConfined = this.#options.enterSandbox({
-      readOnly: [bootSource.kernelImagePath, ...initramfs],
+      readOnly: [
+        bootSource.kernelImagePath,
+        ...initramfs,
+        // Where the kernel carries packets, it counts them too.
+        ...configuration.networkInterfaces.map(({ hostDevName }) =>
+          `/sys/class/net/${hostDevName}/statistics`
+        ),
+      ],
       readWrite: configuration.drives.map(({ pathOnHost }) => pathOnHost),
     });
     const filter = isConfined ? resources.use(threadFilter()) : undefined;
