@@ -85,10 +85,16 @@ export function canUseTap(): { isUsable: boolean; detail: string } {
  */
 export async function hasNft(): Promise<boolean> {
   for (const program of NFT_PROGRAMS) {
-    const works = await new Deno.Command(program, { args: ["--version"], stdout: "null", stderr: "null" })
-      .output()
-      .then(({ success }) => success, () => false);
-    if (works) return true;
+    try {
+      const { success } = await new Deno.Command(program, {
+        args: ["--version"],
+        stdout: "null",
+        stderr: "null",
+      }).output();
+      if (success) return true;
+    } catch (error) {
+      if (!(error instanceof Deno.errors.NotFound)) throw error;
+    }
   }
   return false;
 }
