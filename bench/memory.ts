@@ -9,7 +9,7 @@ import { requestMachine } from "../vmm/supervisor/client.ts";
 import { compared, type Figure, rounded } from "./figure.ts";
 import { LabKit, type LabMachine, MARK } from "./lab_machine.ts";
 
-const ROUNDS = 2;
+const ROUNDS = 3;
 /** Machines of the shared process. */
 const MACHINES = 8;
 /** How long a guest is left alone before its process is looked at, in milliseconds. */

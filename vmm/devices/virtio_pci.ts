@@ -487,14 +487,15 @@ export class VirtioPciFunction implements PciFunction, Disposable {
   }
 
   #reset(): void {
-    this.#deactivate();
     // Only one may wait: a second one would end after the driver has begun anew.
     if (this.#isResetting) return;
-    this.#isResetting = true;
+    // A device that did not work for the guest is at most busy for the host, and the driver does not wait for that.
+    this.#isResetting = this.#isActive;
+    this.#deactivate();
     const finish = () => {
       if (this.#isDisposed) return;
       // The status stays until nothing writes to the guest's memory any more: the driver waits for that.
-      if (this.device.isBusy) return void setTimeout(finish, RESET_INTERVAL);
+      if (this.#isResetting && this.device.isBusy) return void setTimeout(finish, RESET_INTERVAL);
       this.#isResetting = false;
       for (const queue of this.#queues) queue.reset();
       this.#queueVectors.fill(NO_VECTOR);

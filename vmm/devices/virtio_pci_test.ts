@@ -306,6 +306,19 @@ Deno.test("a driver that resets twice is not reset once more after it has begun 
   assert.equal(bench.device.context!.queues[0]!.isReady, true);
 });
 
+Deno.test("a driver begins at once with a device that is busy for the host only", () => {
+  using bench = new Bench();
+  bench.device.isBusy = true;
+  bench.start();
+  assert.equal(bench.get(20, 1), 15);
+  bench.device.isBusy = false;
+  bench.set(20, 0, 1);
+  bench.device.isBusy = true;
+  bench.set(20, 0, 1);
+  bench.start();
+  assert.equal(bench.get(20, 1), 15);
+});
+
 Deno.test("the states of a device come in their order only", () => {
   using bench = new Bench();
   bench.setConfig(4, 6, 2);
