@@ -27,7 +27,7 @@ labTest("our own VMM, in the lab", async (lab, { step }) => {
   };
   await step("its parts work with vhost, taps, nft and the sandbox of an older kernel", async () => {
     const output = await runTests(UNITS);
-    assert.doesNotMatch(output, /skipped: .*(vhost|tun|Landlock)/);
+    assert.doesNotMatch(output, /skipped: (?!no C compiler)/);
   });
   await step("a client of Firecracker's drives a machine", async () => {
     await runTests(["tests/lab/firecracker.ts"]);
