@@ -10,12 +10,18 @@ export const LOG_LEVELS = ["Off", "Error", "Warn", "Info", "Debug", "Trace"] as 
 /** How much is logged; each level has those before it. */
 export type LogLevel = typeof LOG_LEVELS[number];
 
+/** Most warnings in a minute: guests cause them, and must not fill the host's disk. */
+const WARNINGS = 60;
+const MINUTE = 60_000;
+
 /** Writes lines to standard output or a file. */
 export class Log implements Disposable {
   #file: Deno.FsFile | undefined;
   #level: number;
   #hasLevel: boolean;
   readonly #name: string;
+  #minute = -Infinity;
+  #warnings = 0;
 
   /**
    * Makes a log that goes to standard output.
@@ -59,12 +65,19 @@ export class Log implements Disposable {
   }
 
   /**
-   * Logs what should not happen.
+   * Logs what should not happen; what comes too often in a minute is only counted.
    *
    * @param message Words
    */
   warn(message: string): void {
-    this.#write("Warn", message);
+    const now = performance.now();
+    if (now - this.#minute >= MINUTE) {
+      const left = this.#warnings - WARNINGS;
+      this.#minute = now;
+      this.#warnings = 0;
+      if (left > 0) this.#write("Warn", `${left} more warnings were left out`);
+    }
+    if (this.#warnings++ < WARNINGS) this.#write("Warn", message);
   }
 
   /**
