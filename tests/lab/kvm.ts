@@ -162,7 +162,7 @@ for (const [flavour, cpus] of [["generic", 1], ["generic", 4], ["cloud", 4]] as 
     await using place = new Place();
     await place.declare(declare({ cpus, image: `{ flavour: "${flavour}" }` }));
     await place.run(["apply", "--yes"]);
-    const seen = await inGuest(place, "uname -r; nproc; dmesg | grep -c 'Call Trace'; true");
+    const seen = await inGuest(place, "uname -r; nproc");
     assert.match(
       seen,
       new RegExp(`^6\\.1\\.[^\\n]*${flavour === "cloud" ? "cloud-" : "-"}amd64\\n${cpus}\\n`),
