@@ -177,8 +177,8 @@ kvmTest("an irqfd interrupts a guest that halts", () => {
 });
 
 kvmTest("the log of dirty pages tells what a guest wrote to, once", () => {
-  // mov [0x5000], al; mov [0x7fff], al; out dx, al; hlt
-  using guest = new Guest([0xa2, 0x00, 0x50, 0xa2, 0xff, 0x7f, 0xee, 0xf4], {
+  // loop: mov [0x5000], al; mov [0x7fff], al; out dx, al; jmp loop
+  using guest = new Guest([0xa2, 0x00, 0x50, 0xa2, 0xff, 0x7f, 0xee, 0xeb, 0xf7], {
     flags: KVM_MEM.LOG_DIRTY_PAGES,
   });
   using bitmap = new Mapping(4096);
@@ -188,9 +188,12 @@ kvmTest("the log of dirty pages tells what a guest wrote to, once", () => {
     return Array.from({ length: 16 }, (_, page) => page).filter((page) => (bits >> page & 1) === 1);
   };
   pages();
-  assert.equal(guest.next(), KVM_EXIT.IO);
-  assert.deepEqual(pages(), [5, 7]);
-  assert.deepEqual(pages(), []);
+  for (let round = 0; round < 3; round++) {
+    assert.equal(guest.next(), KVM_EXIT.IO);
+    // A page that was only read may count as written where KVM maps it writable at once: the code's.
+    assert.deepEqual(pages().filter((page) => page !== BASE >> 12), [5, 7]);
+    assert.deepEqual(pages(), []);
+  }
 });
 
 kvmTest("a kick takes a vCPU out of an endless loop, and it goes on afterwards", () => {
