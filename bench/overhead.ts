@@ -6,7 +6,8 @@
 
 import { dirname } from "node:path";
 import { GuestChannel, guestEndpoints, type MachineSpec, QemuEngine } from "../vmm/mod.ts";
-import { DATA_CHANNELS, machineFiles, qemuArguments } from "../vmm/qemu/arguments.ts";
+import { DATA_CHANNELS } from "../vmm/file_machine.ts";
+import { qemuArguments, qemuFiles } from "../vmm/qemu/arguments.ts";
 import type { AcceleratorName } from "../vmm/qemu/accelerator.ts";
 import { compared, type Figure } from "./figure.ts";
 
@@ -44,8 +45,8 @@ async function infra(folder: string, args: readonly string[]): Promise<number> {
 /** Starts QEMU with the same arguments and files, and waits until the guest answers. */
 async function bare(spec: MachineSpec, from: string, accelerator: AcceleratorName): Promise<number> {
   const folder = await Deno.makeTempDir();
-  const files = machineFiles(folder);
-  await Deno.copyFile(machineFiles(from).initramfs, files.initramfs);
+  const files = qemuFiles(folder);
+  await Deno.copyFile(qemuFiles(from).initramfs, files.initramfs);
   const args = qemuArguments(spec, files, accelerator).filter((word) => word !== "-daemonize");
   const start = performance.now();
   const child = new Deno.Command("qemu-system-x86_64", {
@@ -81,12 +82,12 @@ export default async function* overhead(): AsyncIterable<Figure> {
       const [machine] = [...Deno.readDirSync(`${folder}/home/machines`)].map((entry) =>
         `${folder}/home/machines/${entry.name}`
       );
-      const { spec } = JSON.parse(await Deno.readTextFile(machineFiles(machine!).record)) as {
+      const { spec } = JSON.parse(await Deno.readTextFile(qemuFiles(machine!).record)) as {
         spec: MachineSpec;
       };
       const kept = `${folder}/kept`;
       await Deno.mkdir(kept, { recursive: true });
-      await Deno.copyFile(machineFiles(machine!).initramfs, machineFiles(kept).initramfs);
+      await Deno.copyFile(qemuFiles(machine!).initramfs, qemuFiles(kept).initramfs);
       await infra(folder, ["destroy", "--yes"]);
       const b = await bare(spec, kept, accelerator);
       // The first round builds the image.

@@ -6,33 +6,18 @@
 
 import { join } from "node:path";
 import type { MachineDisk, MachineForward, MachineNic, MachineSpec } from "../engine.ts";
+import { DATA_CHANNELS, type MachineFiles, machineFiles } from "../file_machine.ts";
 import { guestDeviceArguments, guestEndpoints } from "../guest/channel.ts";
 import type { AcceleratorName } from "./accelerator.ts";
 
-/** Paths of a machine's files, all in its folder. */
-export interface MachineFiles {
-  /** The folder. */
-  readonly folder: string;
-  /** What the machine was started from last. */
-  readonly record: string;
-  /** Lock of all operations on the machine. */
-  readonly lock: string;
+/** Paths of a machine's files. */
+export interface QemuFiles extends MachineFiles {
   /** QEMU's process number. */
   readonly pid: string;
   /** QEMU's monitor. */
   readonly monitor: string;
-  /** The serial console. */
-  readonly console: string;
-  /** What the console printed since the last start. */
-  readonly consoleLog: string;
-  /** What QEMU printed. */
-  readonly engineLog: string;
-  /** The initramfs, joined from its parts. */
-  readonly initramfs: string;
 }
 
-/** How many data channels the agent gets: so many `exec` and `cp` may run at once. */
-export const DATA_CHANNELS = 4;
 /** Empty PCIe ports for devices that are plugged while the machine runs. */
 export const SPARE_PORTS = 4;
 
@@ -42,17 +27,11 @@ export const SPARE_PORTS = 4;
  * @param folder The machine's folder
  * @returns The paths
  */
-export function machineFiles(folder: string): MachineFiles {
+export function qemuFiles(folder: string): QemuFiles {
   return {
-    folder,
-    record: join(folder, "machine.json"),
-    lock: join(folder, "lock"),
+    ...machineFiles(folder),
     pid: join(folder, "qemu.pid"),
     monitor: join(folder, "qmp.sock"),
-    console: join(folder, "console.sock"),
-    consoleLog: join(folder, "console.log"),
-    engineLog: join(folder, "qemu.log"),
-    initramfs: join(folder, "initramfs"),
   };
 }
 
@@ -76,7 +55,7 @@ export function escapeOption(text: string): string {
  */
 export function qemuArguments(
   spec: MachineSpec,
-  files: MachineFiles,
+  files: QemuFiles,
   accelerator: AcceleratorName,
 ): string[] {
   const devices = spec.disks.length + spec.nics.length;

@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import type { MachineSpec } from "../engine.ts";
-import { escapeOption, machineFiles, networkBackend, qemuArguments, SPARE_PORTS } from "./arguments.ts";
+import { escapeOption, networkBackend, qemuArguments, qemuFiles, SPARE_PORTS } from "./arguments.ts";
 
 const spec: MachineSpec = {
   id: "0".repeat(16),
@@ -30,7 +30,7 @@ const spec: MachineSpec = {
 };
 
 Deno.test("qemuArguments() gives each device a port and keeps some free", () => {
-  const args = qemuArguments(spec, machineFiles("/m"), "tcg");
+  const args = qemuArguments(spec, qemuFiles("/m"), "tcg");
   assert.equal(args.filter((word) => word.startsWith("pcie-root-port")).length, 2 + SPARE_PORTS);
   assert.ok(args.includes("size=262144k"));
   assert.ok(args.includes("console=ttyS0 hypertopia.control=hvc0 quiet"));
@@ -38,7 +38,7 @@ Deno.test("qemuArguments() gives each device a port and keeps some free", () => 
   const device = JSON.parse(args.find((word) => word.includes("virtio-blk-pci"))!);
   assert.deepEqual([device.bus, device.serial, device.bootindex], ["port0", "s", undefined]);
   const { kernel: _kernel, ...firmware } = spec;
-  const booted = qemuArguments({ ...firmware, hasAgent: false }, machineFiles("/m"), "kvm");
+  const booted = qemuArguments({ ...firmware, hasAgent: false }, qemuFiles("/m"), "kvm");
   assert.equal(JSON.parse(booted.find((word) => word.includes("virtio-blk-pci"))!).bootindex, 0);
   assert.ok(!booted.includes("-kernel") && booted.includes("host"));
   assert.ok(!booted.some((word) => word.includes("virtconsole")));

@@ -10,19 +10,17 @@ import { formatSize } from "../../dsl/mod.ts";
 import type {
   Capabilities,
   Engine,
-  Machine,
   MachineDisk,
   MachineForward,
   MachineNic,
   MachineSpec,
   MachineStatus,
   OperationOptions,
-  UpdateResult,
 } from "../engine.ts";
-import { MachineError, writeError } from "../errors.ts";
-import { exists, lockFile, removeIfThere, writeWhole } from "../files.ts";
-import { GuestChannel, guestEndpoints } from "../guest/channel.ts";
-import { findPanic, joinFiles, needsRestart, RESTART_GRACE, tailOf } from "../machine_files.ts";
+import { MachineError } from "../errors.ts";
+import { delay, FileMachine, killProcess, listMachines } from "../file_machine.ts";
+import { exists, removeIfThere } from "../files.ts";
+import { findPanic, tailOf } from "../machine_files.ts";
 import { kvmKey, probeOncePerKey } from "../probe_cache.ts";
 import { hostPaths, machineFolder, type Paths } from "../paths.ts";
 import {
@@ -33,30 +31,21 @@ import {
 } from "./accelerator.ts";
 import {
   blockNode,
-  DATA_CHANNELS,
   diskDevice,
   forwardRule,
-  type MachineFiles,
-  machineFiles,
   networkBackend,
   nicDevice,
   qemuArguments,
+  type QemuFiles,
+  qemuFiles,
 } from "./arguments.ts";
 import { Qmp } from "./qmp.ts";
 
 const DEFAULT_BINARY = "qemu-system-x86_64";
 /** What is known of a machine whose QEMU left its pid file behind. */
 const ABNORMAL_END = "QEMU ended abnormally: it crashed or was killed, or the host was restarted";
-/** How long a guest may take to follow its balloon, in milliseconds. */
-const BALLOON_TIMEOUT = 120_000;
 /** How long a guest may take to let go of a device, in milliseconds. */
 const UNPLUG_TIMEOUT = 60_000;
-
-interface MachineRecord {
-  readonly version: 1;
-  readonly engine: "qemu";
-  readonly spec: MachineSpec;
-}
 
 /** Runs machines in QEMU. */
 export class QemuEngine implements Engine {
@@ -119,16 +108,7 @@ export class QemuEngine implements Engine {
    * @returns How each one is
    */
   async list(wanted?: ReadonlySet<string>): Promise<MachineStatus[]> {
-    const ids: string[] = [];
-    try {
-      for await (const { name } of Deno.readDir(join(this.#paths.data, "machines"))) {
-        if (wanted?.has(name) ?? true) ids.push(name);
-      }
-    } catch (error) {
-      if (!(error instanceof Deno.errors.NotFound)) throw error;
-    }
-    const all = await Promise.all(ids.sort().map((id) => this.attach(id).status()));
-    return all.filter((status) => status.state !== "absent");
+    return await listMachines(this.#paths, (id) => this.attach(id), wanted);
   }
 }
 
@@ -159,16 +139,7 @@ async function which(binary: string): Promise<string | undefined> {
 }
 
 /** A machine that QEMU runs. */
-export class QemuMachine implements Machine {
-  /** Identity. */
-  readonly id: string;
-  /** The engine. */
-  readonly engine = "qemu";
-  /** The guest's agent. */
-  readonly guest: GuestChannel;
-  readonly #files: MachineFiles;
-  readonly #paths: Paths;
-
+export class QemuMachine extends FileMachine<QemuFiles> {
   /**
    * Looks at nothing yet.
    *
@@ -176,35 +147,7 @@ export class QemuMachine implements Machine {
    * @param paths Folders of this host
    */
   constructor(id: string, paths: Paths) {
-    this.id = id;
-    this.#paths = paths;
-    this.#files = machineFiles(machineFolder(paths, id));
-    this.guest = new GuestChannel(guestEndpoints(this.#files.folder, DATA_CHANNELS));
-  }
-
-  /** Path of the file that holds what the console printed since the last start. */
-  get consoleLog(): string {
-    return this.#files.consoleLog;
-  }
-
-  /** Path of the file that holds what QEMU printed. */
-  get engineLog(): string {
-    return this.#files.engineLog;
-  }
-
-  /**
-   * Reads what it was started from last.
-   *
-   * @returns The spec, or undefined where it never was
-   */
-  async spec(): Promise<MachineSpec | undefined> {
-    try {
-      const record = JSON.parse(await Deno.readTextFile(this.#files.record)) as MachineRecord;
-      return record.version === 1 && record.engine === "qemu" ? record.spec : undefined;
-    } catch (error) {
-      if (error instanceof Deno.errors.NotFound || error instanceof SyntaxError) return undefined;
-      throw error;
-    }
+    super(id, "qemu", paths, qemuFiles(machineFolder(paths, id)));
   }
 
   /**
@@ -218,17 +161,17 @@ export class QemuMachine implements Machine {
     const pid = await this.#pid();
     if (pid === undefined) {
       // QEMU removes its pid file when it ends in order.
-      const isAbnormal = spec !== undefined && await exists(this.#files.pid);
+      const isAbnormal = spec !== undefined && await exists(this.files.pid);
       return {
         ...known,
         state: spec ? "stopped" : "absent",
         ...(isAbnormal ? { detail: ABNORMAL_END } : {}),
       };
     }
-    const panic = await this.#panic();
+    const panic = await findPanic(this.files.consoleLog);
     if (panic !== undefined) return { ...known, pid, state: "crashed", detail: panic };
     try {
-      await using qmp = await Qmp.connect(this.#files.monitor, { timeout: 3000 });
+      await using qmp = await Qmp.connect(this.files.monitor, { timeout: 3000 });
       const { status } = await qmp.execute("query-status") as { status: string };
       if (status === "paused" || status === "suspended") return { ...known, pid, state: "paused" };
       if (["internal-error", "io-error", "guest-panicked", "watchdog"].includes(status)) {
@@ -241,119 +184,29 @@ export class QemuMachine implements Machine {
     return { ...known, pid, state: "running" };
   }
 
-  /**
-   * Puts it on record without starting it.
-   *
-   * @param spec What it is made of
-   */
-  async define(spec: MachineSpec): Promise<void> {
-    using _lock = await this.#lock({});
-    await this.#record(spec);
-  }
-
-  /**
-   * Starts it, if it does not run.
-   *
-   * @param spec What it is made of
-   * @param options Signal and progress
-   */
-  async start(spec: MachineSpec, options: OperationOptions = {}): Promise<void> {
-    using _lock = await this.#lock(options);
-    await this.#start(spec, options);
-  }
-
-  /**
-   * Makes it be as a spec says.
-   *
-   * @param spec What it should be made of
-   * @param options Signal and progress, and how long a shutdown may take, in milliseconds, where it takes a restart
-   * @returns Whether it was restarted
-   */
-  async update(
-    spec: MachineSpec,
-    options: OperationOptions & { shutdownTimeout?: number } = {},
-  ): Promise<UpdateResult> {
-    using _lock = await this.#lock(options);
-    const current = await this.spec();
-    const status = await this.status();
-    if (!current || status.state === "stopped" || status.state === "absent" || status.state === "crashed") {
-      if (status.state === "crashed" || status.pid !== undefined) await this.#kill();
-      await this.#start(spec, options);
-      return { isRestarted: true };
-    }
-    if (needsRestart(current, spec) || !(await this.#hasRoom(current, spec, options))) {
-      await this.#shutdown(options.shutdownTimeout ?? RESTART_GRACE, options);
-      await this.#start(spec, options);
-      return { isRestarted: true };
-    }
-    await this.#updateLive(current, spec, options);
-    return { isRestarted: false };
-  }
-
-  /**
-   * Shuts it down, and powers it off if that takes longer than allowed.
-   *
-   * @param timeout Milliseconds that the guest may take
-   * @param options Signal and progress
-   */
-  async shutdown(timeout: number, options: OperationOptions = {}): Promise<void> {
-    using _lock = await this.#lock(options);
-    await this.#shutdown(timeout, options);
-  }
-
-  /** Powers it off at once. */
-  async kill(): Promise<void> {
-    using _lock = await this.#lock({});
-    await this.#kill();
-  }
-
   /** Stops its vCPUs. */
   async pause(): Promise<void> {
-    await using qmp = await this.#monitor();
+    await using qmp = await this.#monitor("pause");
     await qmp.execute("stop");
   }
 
   /** Lets its vCPUs go on. */
   async resume(): Promise<void> {
-    await using qmp = await this.#monitor();
+    await using qmp = await this.#monitor("resume");
     await qmp.execute("cont");
   }
 
-  /** Powers it off and removes everything that belongs to it. */
-  async destroy(): Promise<void> {
-    if (!(await exists(this.#files.folder))) return;
-    using _lock = await this.#lock({});
-    await this.#kill();
-    await removeIfThere(this.#files.folder);
-  }
-
-  /**
-   * Connects to the serial console.
-   *
-   * @returns The connection: bytes both ways
-   */
-  async console(): Promise<Deno.UnixConn> {
-    try {
-      return await Deno.connect({ transport: "unix", path: this.#files.console });
-    } catch (cause) {
-      throw await this.#notRunning("connect to the console", cause);
-    }
-  }
-
-  async #lock(options: OperationOptions): Promise<Disposable> {
-    await Deno.mkdir(this.#files.folder, { recursive: true, mode: 0o700 });
-    return await lockFile(this.#files.lock, {
-      ...(options.signal ? { signal: options.signal } : {}),
-      onWait: () => options.report?.("waiting for another command to finish with this machine"),
-    });
+  /** Tells whether QEMU runs. */
+  protected async isAlive(): Promise<boolean> {
+    return await this.#pid() !== undefined;
   }
 
   /** The process that runs it: its number is reused after a reboot, so its command line must name this folder. */
   async #pid(): Promise<number | undefined> {
     try {
-      const pid = Number(await Deno.readTextFile(this.#files.pid));
+      const pid = Number(await Deno.readTextFile(this.files.pid));
       if (!Number.isInteger(pid) || pid <= 1) return undefined;
-      return (await Deno.readTextFile(`/proc/${pid}/cmdline`)).split("\0").includes(this.#files.pid)
+      return (await Deno.readTextFile(`/proc/${pid}/cmdline`)).split("\0").includes(this.files.pid)
         ? pid
         : undefined;
     } catch {
@@ -361,54 +214,21 @@ export class QemuMachine implements Machine {
     }
   }
 
-  async #monitor(signal?: AbortSignal): Promise<Qmp> {
-    try {
-      return await Qmp.connect(this.#files.monitor, signal ? { signal } : {});
-    } catch (cause) {
-      if (cause instanceof MachineError || signal?.aborted) throw cause;
-      throw await this.#notRunning("reach the monitor", cause);
-    }
+  async #monitor(action: string, signal?: AbortSignal): Promise<Qmp> {
+    return await this.ask(action, () => Qmp.connect(this.files.monitor, signal ? { signal } : {}), signal);
   }
 
-  async #notRunning(action: string, cause: unknown): Promise<MachineError> {
-    const { state, address } = await this.status();
-    return new MachineError(
-      state === "running"
-        ? `Cannot ${action} of "${address}" as ${cause instanceof Error ? cause.message : cause}`
-        : `Cannot ${action} of "${address}" as the machine is ${state}: start it with apply`,
-      { cause },
-    );
-  }
-
-  async #panic(): Promise<string | undefined> {
-    return await findPanic(this.#files.consoleLog);
-  }
-
-  async #start(spec: MachineSpec, options: OperationOptions): Promise<void> {
-    if (await this.#pid() !== undefined) return;
-    const files = this.#files;
+  /** Starts QEMU. */
+  protected async startNow(spec: MachineSpec, options: OperationOptions): Promise<void> {
+    if (await this.isAlive()) return;
+    const { files } = this;
     const wanted = (spec.engine.binary as string | undefined) ?? DEFAULT_BINARY;
     const binary = await which(wanted);
     if (binary === undefined) throw new QemuMissingError(wanted);
-    if (new TextEncoder().encode(join(files.folder, "data.0.err.sock")).length > 107) {
-      throw new MachineError(
-        `Cannot start "${spec.address}" as the folder "${files.folder}" makes socket paths longer than 107 bytes: ` +
-          `set HYPERTOPIA_HOME to a shorter path`,
-      );
-    }
     const accelerator = (spec.engine.accelerator as AcceleratorName | undefined) ??
       await this.#bestAccelerator(binary, options.signal);
-    options.signal?.throwIfAborted();
     options.report?.(`starting QEMU (${accelerator})`);
-    try {
-      await this.#record(spec);
-      await joinFiles(spec.initramfs, files.initramfs);
-    } catch (error) {
-      throw writeError(`start "${spec.address}"`, error);
-    }
-    for (const log of [files.consoleLog, files.engineLog]) {
-      if (await exists(log)) await Deno.rename(log, `${log}.1`);
-    }
+    await this.prepare(spec, options);
     await removeIfThere(files.pid);
     const { success, code, signal, stderr } = await new Deno.Command(binary, {
       args: qemuArguments(spec, files, accelerator),
@@ -424,18 +244,13 @@ export class QemuMachine implements Machine {
         `it ended with ${signal ?? `status ${code}`}`;
       throw new MachineError(`Cannot start "${spec.address}" as ${explainStart(said, spec)}`);
     }
-    await using qmp = await this.#monitor(options.signal);
+    await using qmp = await this.#monitor("start", options.signal);
     await growDisks(qmp, spec, options);
     if (spec.memory < spec.maxMemory) await qmp.execute("balloon", { value: spec.memory });
   }
 
-  async #record(spec: MachineSpec): Promise<void> {
-    const record: MachineRecord = { version: 1, engine: "qemu", spec };
-    await writeWhole(this.#files.record, JSON.stringify(record));
-  }
-
   async #bestAccelerator(binary: string, signal: AbortSignal | undefined): Promise<AcceleratorName> {
-    const reports = await probeOnce(this.#paths, binary, signal);
+    const reports = await probeOnce(this.paths, binary, signal);
     const best = reports.find((each) => each.usable);
     if (!best) {
       throw new MachineError(
@@ -446,65 +261,47 @@ export class QemuMachine implements Machine {
     return best.name;
   }
 
-  async #shutdown(timeout: number, options: OperationOptions): Promise<void> {
-    const pid = await this.#pid();
-    if (pid === undefined) return;
-    const spec = await this.spec();
-    const { state } = await this.status();
-    if (state === "crashed") return await this.#kill();
-    options.report?.("shutting down");
-    const deadline = Date.now() + timeout;
-    try {
-      if (state === "paused") await this.resume();
-      if (spec?.hasAgent) {
-        const limit = AbortSignal.timeout(Math.max(1, timeout));
-        await this.guest.poweroff({
-          signal: options.signal ? AbortSignal.any([limit, options.signal]) : limit,
-        });
-      } else {
-        await using qmp = await this.#monitor(options.signal);
-        await qmp.execute("system_powerdown");
-      }
-      while (Date.now() < deadline && await this.#pid() !== undefined) {
-        options.signal?.throwIfAborted();
-        await delay(50);
-      }
-    } catch (error) {
-      if (options.signal?.aborted) throw error;
-      options.report?.("the guest does not answer: powering off");
-    }
-    await this.#kill();
+  /** Presses the power button. */
+  protected async pressPower({ signal }: OperationOptions): Promise<void> {
+    await using qmp = await this.#monitor("shut down", signal);
+    await qmp.execute("system_powerdown");
   }
 
-  async #kill(): Promise<void> {
+  /** Kills QEMU. */
+  protected async killNow(): Promise<void> {
     // Killed between QEMU's start and its pid file, an apply leaves a QEMU that is about to write one.
-    const pid = await this.#pid() ?? await findByCommandLine(this.#files.pid);
+    const pid = await this.#pid() ?? await findByCommandLine(this.files.pid);
     if (pid === undefined) return;
-    try {
-      Deno.kill(pid, "SIGKILL");
-    } catch (error) {
-      if (!(error instanceof Deno.errors.NotFound)) throw error;
-    }
-    while (identifyProcess(pid) !== undefined && await findByCommandLine(this.#files.pid) !== undefined) {
+    killProcess(pid);
+    while (identifyProcess(pid) !== undefined && await findByCommandLine(this.files.pid) !== undefined) {
       await delay(10);
     }
-    await removeIfThere(this.#files.pid);
+    await removeIfThere(this.files.pid);
   }
 
-  /** Whether the devices to be plugged fit into the free ports; a restart makes new ones. */
-  async #hasRoom(current: MachineSpec, spec: MachineSpec, options: OperationOptions): Promise<boolean> {
+  /** Tells whether the devices to be plugged fit into the free ports; a restart makes new ones. */
+  protected async canPlug(
+    current: MachineSpec,
+    spec: MachineSpec,
+    options: OperationOptions,
+  ): Promise<boolean> {
     const added = (
       before: readonly { readonly name: string }[],
       after: readonly { readonly name: string }[],
     ) => after.filter((each) => !before.some((other) => other.name === each.name)).length;
     const count = added(current.disks, spec.disks) + added(current.nics, spec.nics);
     if (count === 0) return true;
-    await using qmp = await this.#monitor(options.signal);
+    await using qmp = await this.#monitor("change", options.signal);
     return (await freePorts(qmp)).length >= count;
   }
 
-  async #updateLive(current: MachineSpec, spec: MachineSpec, options: OperationOptions): Promise<void> {
-    await using qmp = await this.#monitor(options.signal);
+  /** Plugs, unplugs and changes devices. */
+  protected async updateNow(
+    current: MachineSpec,
+    spec: MachineSpec,
+    options: OperationOptions,
+  ): Promise<void> {
+    await using qmp = await this.#monitor("change", options.signal);
     const devices = await qmp.execute("qom-list", { path: "/machine/peripheral" }) as { name: string }[];
     const isPlugged = (id: string) => devices.some((each) => each.name === id);
     // Also what an interrupted update has plugged, and nobody has on record.
@@ -537,35 +334,10 @@ export class QemuMachine implements Machine {
         await updateForwards(qmp, before, nic);
       }
     }
-    if (spec.memory !== current.memory) await balloon(qmp, spec.memory, options, () => this.#panic());
-    // The maximum is fixed until the next start.
-    await this.#record({ ...spec, maxMemory: current.maxMemory });
-    await joinFiles(spec.initramfs, this.#files.initramfs);
-  }
-}
-
-async function balloon(
-  qmp: Qmp,
-  target: number,
-  options: OperationOptions,
-  panic: () => Promise<string | undefined>,
-): Promise<void> {
-  await qmp.execute("balloon", { value: target });
-  const deadline = Date.now() + BALLOON_TIMEOUT;
-  while (true) {
-    const { actual } = await qmp.execute("query-balloon") as { actual: number };
-    if (actual === target) return;
-    const crash = await panic();
-    if (crash !== undefined) throw new MachineError(`the guest crashed while its memory changed (${crash})`);
-    options.report?.(`balloon at ${formatSize(actual)} of ${formatSize(target)}`);
-    if (Date.now() > deadline) {
-      throw new MachineError(
-        `the guest's balloon stays at ${formatSize(actual)} and ${formatSize(target)} is wanted: ` +
-          `load virtio_balloon in the guest, or free memory there`,
-      );
-    }
-    options.signal?.throwIfAborted();
-    await delay(100);
+    if (spec.memory === current.memory) return;
+    await qmp.execute("balloon", { value: spec.memory });
+    const read = async () => (await qmp.execute("query-balloon") as { actual: number }).actual;
+    await this.waitForBalloon(read, spec.memory, options);
   }
 }
 
@@ -698,8 +470,4 @@ function explainStart(said: string, spec: MachineSpec): string {
     return `the host has not enough memory for ${formatSize(spec.maxMemory)}: lower memory or maxMemory`;
   }
   return `QEMU failed: ${said}`;
-}
-
-function delay(milliseconds: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, milliseconds));
 }
