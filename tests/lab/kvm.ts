@@ -70,6 +70,10 @@ Deno.test("a machine lives a whole life: disk, network, memory, pause, restart, 
   assert.deepEqual(threads(pid!, "Seccomp"), new Set(["2"]));
   assert.deepEqual(threads(pid!, "NoNewPrivs"), new Set(["1"]));
   assert.deepEqual(threads(pid!, "CapEff"), new Set(["0000000000000000"]));
+  const cgroup = `/sys/fs/cgroup${/^0::(.*)$/m.exec(await Deno.readTextFile(`/proc/${pid}/cgroup`))![1]}`;
+  assert.match(cgroup, /\/hypertopia-/);
+  assert.equal(Number(await Deno.readTextFile(`${cgroup}/memory.max`)), (256 + 512) * 2 ** 20);
+  assert.equal(Number(await Deno.readTextFile(`${cgroup}/pids.max`)), 256);
 
   // The network, both ways: TCP by a port forward, ping from the host, and TCP from the guest to the host.
   const url = (await place.run(["output", "url"])).stdout.trim();
@@ -151,6 +155,7 @@ Deno.test("a machine lives a whole life: disk, network, memory, pause, restart, 
   await place.run(["destroy", "--yes"]);
   assert.deepEqual(await place.processes(), []);
   assert.deepEqual((await place.leftovers()).filter((path) => path !== "network.lock"), []);
+  await assert.rejects(Deno.stat(cgroup), Deno.errors.NotFound);
   assert.deepEqual(
     [...Deno.readDirSync("/sys/class/net")].map(({ name }) => name).filter((name) => /^ht/.test(name)),
     [],

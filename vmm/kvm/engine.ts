@@ -6,23 +6,31 @@
 
 import { createHash } from "node:crypto";
 import { dirname, join } from "node:path";
-import { formatSize } from "../../dsl/mod.ts";
 import { equal, isRunning } from "../../planner/mod.ts";
 import type {
   Capabilities,
   Engine,
-  Machine,
   MachineNeeds,
   MachineNic,
   MachineSpec,
   MachineStatus,
   OperationOptions,
-  UpdateResult,
 } from "../engine.ts";
-import { MachineError, writeError } from "../errors.ts";
-import { exists, lockFile, removeIfThere, writeWhole } from "../files.ts";
-import { GuestChannel, guestEndpoints } from "../guest/channel.ts";
-import { findPanic, joinFiles, needsRestart, RESTART_GRACE, tailOf } from "../machine_files.ts";
+import { MachineError } from "../errors.ts";
+import {
+  DATA_CHANNELS,
+  delay,
+  FileMachine,
+  killProcess,
+  listMachines,
+  type MachineFiles,
+  machineFiles,
+  machineIds,
+  readJson,
+} from "../file_machine.ts";
+import { lockFile, removeIfThere, writeWhole } from "../files.ts";
+import { guestEndpoints } from "../guest/channel.ts";
+import { findPanic, tailOf } from "../machine_files.ts";
 import { bridgeName, type BridgeSpec, canUseTap, hasNft, HostNetwork, tapName } from "../net/host_network.ts";
 import { kvmKey, probeOncePerKey } from "../probe_cache.ts";
 import { hostPaths, machineFolder, type Paths } from "../paths.ts";
@@ -31,16 +39,14 @@ import { configurationJson, type MachineConfiguration, type PortForward } from "
 import type { RunFile } from "../supervisor/supervisor.ts";
 import { probeKvm } from "./probe.ts";
 
-/** How many data channels the agent gets: so many `exec` and `cp` may run at once. */
-const DATA_CHANNELS = 4;
 /** Most vCPUs of a machine. */
 const MAX_VCPUS = 32;
 const MEBIBYTE = 2 ** 20;
 const PAGE = 4096;
+/** How often the removal of a cgroup is tried, every 10 milliseconds. */
+const CGROUP_TRIES = 100;
 /** How long a supervisor may take until it answers, in milliseconds. */
 const START_TIMEOUT = 120_000;
-/** How long a guest may take to follow its balloon, in milliseconds. */
-const BALLOON_TIMEOUT = 120_000;
 /** Words for the kernel of every guest: consoles; and what it need not look for, since each look costs exits. */
 const COMMAND_LINE = "console=hvc0 hypertopia.control=hvc1 8250.nr_uarts=0 pci=noearly";
 /** Of this process's environment, what a supervisor needs: it outlives the command, and must not keep its secrets. */
@@ -55,12 +61,6 @@ const ENVIRONMENT: readonly string[] = [
   "HYPERTOPIA_LIBC",
   "HYPERTOPIA_HOME",
 ];
-
-interface MachineRecord {
-  readonly version: 1;
-  readonly engine: "kvm";
-  readonly spec: MachineSpec;
-}
 
 /** Options of the engine as a machine has them. */
 interface KvmMachineOptions {
@@ -81,32 +81,19 @@ function sharedFiles(paths: Paths, stack: string): SharedFiles {
   return { socket: `${base}.sock`, run: `${base}.json`, lock: `${base}.lock`, log: `${base}.log` };
 }
 
-/** Paths of a machine's files, all in its folder. */
-interface KvmFiles {
-  readonly folder: string;
-  readonly record: string;
-  readonly lock: string;
+/** Paths of a machine's files. */
+interface KvmFiles extends MachineFiles {
   readonly run: string;
   readonly api: string;
   readonly configuration: string;
-  readonly console: string;
-  readonly consoleLog: string;
-  readonly engineLog: string;
-  readonly initramfs: string;
 }
 
 function kvmFiles(folder: string): KvmFiles {
   return {
-    folder,
-    record: join(folder, "machine.json"),
-    lock: join(folder, "lock"),
+    ...machineFiles(folder),
     run: join(folder, "run.json"),
     api: join(folder, "api.sock"),
     configuration: join(folder, "config.json"),
-    console: join(folder, "console.sock"),
-    consoleLog: join(folder, "console.log"),
-    engineLog: join(folder, "supervisor.log"),
-    initramfs: join(folder, "initramfs"),
   };
 }
 
@@ -172,30 +159,12 @@ export class KvmEngine implements Engine {
    * @returns How each one is
    */
   async list(wanted?: ReadonlySet<string>): Promise<MachineStatus[]> {
-    const ids: string[] = [];
-    try {
-      for await (const { name } of Deno.readDir(join(this.#paths.data, "machines"))) {
-        if (wanted?.has(name) ?? true) ids.push(name);
-      }
-    } catch (error) {
-      if (!(error instanceof Deno.errors.NotFound)) throw error;
-    }
-    const all = await Promise.all(ids.sort().map((id) => this.attach(id).status()));
-    return all.filter((status) => status.state !== "absent");
+    return await listMachines(this.#paths, (id) => this.attach(id), wanted);
   }
 }
 
 /** A machine that a supervisor of ours runs. */
-export class KvmMachine implements Machine {
-  /** Identity. */
-  readonly id: string;
-  /** The engine. */
-  readonly engine = "kvm";
-  /** The guest's agent. */
-  readonly guest: GuestChannel;
-  readonly #files: KvmFiles;
-  readonly #paths: Paths;
-
+export class KvmMachine extends FileMachine<KvmFiles> {
   /**
    * Looks at nothing yet.
    *
@@ -203,35 +172,12 @@ export class KvmMachine implements Machine {
    * @param paths Folders of this host
    */
   constructor(id: string, paths: Paths) {
-    this.id = id;
-    this.#paths = paths;
-    this.#files = kvmFiles(machineFolder(paths, id));
-    this.guest = new GuestChannel(guestEndpoints(this.#files.folder, DATA_CHANNELS));
-  }
-
-  /** Path of the file that holds what the console printed since the last start. */
-  get consoleLog(): string {
-    return this.#files.consoleLog;
-  }
-
-  /** Path of the supervisor's log. */
-  get engineLog(): string {
-    return this.#files.engineLog;
+    super(id, "kvm", paths, kvmFiles(machineFolder(paths, id)));
   }
 
   /** Path of the socket of the supervisor's API. */
   get api(): string {
-    return this.#files.api;
-  }
-
-  /**
-   * Reads what it was started from last.
-   *
-   * @returns The spec, or undefined where it never was
-   */
-  async spec(): Promise<MachineSpec | undefined> {
-    const record = await readJson<MachineRecord>(this.#files.record);
-    return record?.version === 1 && record.engine === "kvm" ? record.spec : undefined;
+    return this.files.api;
   }
 
   /**
@@ -243,7 +189,7 @@ export class KvmMachine implements Machine {
     const spec = await this.spec();
     const known = { id: this.id, stack: spec?.stack ?? "", address: spec?.address ?? "" };
     if (!spec) return { ...known, state: "absent" };
-    const run = await readJson<RunFile>(this.#files.run);
+    const run = await readJson<RunFile>(this.files.run);
     if (!run?.process || !isRunning(run.process)) {
       const detail = run?.process
         ? "its supervisor ended abnormally: it crashed or was killed, or the host was restarted"
@@ -253,7 +199,7 @@ export class KvmMachine implements Machine {
       return { ...known, state: "stopped", ...(detail === undefined ? {} : { detail }) };
     }
     const { pid } = run.process;
-    const panic = await findPanic(this.#files.consoleLog);
+    const panic = await findPanic(this.files.consoleLog);
     if (panic !== undefined) return { ...known, pid, state: "crashed", detail: panic };
     try {
       using client = this.#client();
@@ -265,102 +211,42 @@ export class KvmMachine implements Machine {
     return { ...known, pid, state: "running" };
   }
 
-  /**
-   * Puts it on record without starting it.
-   *
-   * @param spec What it is made of
-   */
-  async define(spec: MachineSpec): Promise<void> {
-    using _lock = await this.#lock({});
-    await this.#record(spec);
-  }
-
-  /**
-   * Starts it, if it does not run.
-   *
-   * @param spec What it is made of
-   * @param options Signal and progress
-   */
-  async start(spec: MachineSpec, options: OperationOptions = {}): Promise<void> {
-    using _lock = await this.#lock(options);
-    await this.#start(spec, options);
-  }
-
-  /**
-   * Makes it be as a spec says.
-   *
-   * @param spec What it should be made of
-   * @param options Signal and progress, and how long a shutdown may take, in milliseconds, where it takes a restart
-   * @returns Whether it was restarted
-   */
-  async update(
-    spec: MachineSpec,
-    options: OperationOptions & { shutdownTimeout?: number } = {},
-  ): Promise<UpdateResult> {
-    using _lock = await this.#lock(options);
-    const current = await this.spec();
-    const { state } = await this.status();
-    if (!current || state === "stopped" || state === "absent" || state === "crashed") {
-      if (state === "crashed") await this.#kill();
-      await this.#start(spec, options);
-      return { isRestarted: true };
-    }
-    const names = (each: MachineSpec) => [...each.disks, ...each.nics].map(({ name }) => name);
-    if (needsRestart(current, spec) || !equal(names(current), names(spec))) {
-      await this.#shutdown(options.shutdownTimeout ?? RESTART_GRACE, options);
-      await this.#start(spec, options);
-      return { isRestarted: true };
-    }
-    await this.#updateLive(current, spec, options);
-    return { isRestarted: false };
-  }
-
-  /**
-   * Shuts it down, and powers it off if that takes longer than allowed.
-   *
-   * @param timeout Milliseconds that the guest may take
-   * @param options Signal and progress
-   */
-  async shutdown(timeout: number, options: OperationOptions = {}): Promise<void> {
-    using _lock = await this.#lock(options);
-    await this.#shutdown(timeout, options);
-  }
-
-  /** Powers it off at once. */
-  async kill(): Promise<void> {
-    using _lock = await this.#lock({});
-    await this.#kill();
-  }
-
   /** Stops its vCPUs. */
   async pause(): Promise<void> {
     using client = this.#client();
-    await this.#ask("pause", () => client.pause());
+    await this.ask("pause", () => client.pause());
   }
 
   /** Lets its vCPUs go on. */
   async resume(): Promise<void> {
     using client = this.#client();
-    await this.#ask("resume", () => client.resume());
+    await this.ask("resume", () => client.resume());
   }
 
-  /** Powers it off and removes everything that belongs to it. */
-  async destroy(): Promise<void> {
-    const spec = await this.spec();
-    if (!spec && !(await exists(this.#files.run))) return;
-    using _lock = await this.#lock({});
-    await this.#kill();
-    await removeIfThere(this.#files.folder);
+  /** Tells whether its supervisor runs. */
+  protected async isAlive(): Promise<boolean> {
+    const run = await readJson<RunFile>(this.files.run);
+    return run?.process !== undefined && isRunning(run.process);
+  }
+
+  /** Tells whether a live change is enough: what is plugged takes a restart. */
+  protected canPlug(current: MachineSpec, spec: MachineSpec): Promise<boolean> {
+    const names = (each: MachineSpec) => [...each.disks, ...each.nics].map(({ name }) => name);
+    return Promise.resolve(equal(names(current), names(spec)));
+  }
+
+  /** Ends what its network and its process were for. */
+  protected override async release(spec: MachineSpec | undefined): Promise<void> {
     await this.#releaseNetworks(spec);
     if (spec && isShared(spec)) await this.#releaseShared(spec.stack);
   }
 
   /** The process for all machines of a stack ends with the last of them. */
   async #releaseShared(stack: string): Promise<void> {
-    const shared = sharedFiles(this.#paths, stack);
+    const shared = sharedFiles(this.paths, stack);
     using _lock = await lockFile(shared.lock);
-    for await (const { name } of Deno.readDir(join(this.#paths.data, "machines"))) {
-      const spec = await new KvmMachine(name, this.#paths).spec();
+    for (const id of await machineIds(this.paths)) {
+      const spec = await new KvmMachine(id, this.paths).spec();
       if (spec?.stack === stack && isShared(spec)) return;
     }
     const run = await readJson<RunFile>(shared.run);
@@ -371,86 +257,29 @@ export class KvmMachine implements Machine {
     for (const path of Object.values(shared)) await removeIfThere(path);
   }
 
-  /**
-   * Connects to the console.
-   *
-   * @returns The connection: bytes both ways
-   */
-  async console(): Promise<Deno.UnixConn> {
-    return await this.#ask(
-      "connect to the console of",
-      () => Deno.connect({ transport: "unix", path: this.#files.console }),
-    );
-  }
-
   #network(): HostNetwork {
-    return new HostNetwork({ lock: join(this.#paths.data, "network.lock") });
+    return new HostNetwork({ lock: join(this.paths.data, "network.lock") });
   }
 
   #client(): SupervisorClient {
-    return new SupervisorClient(this.#files.api);
+    return new SupervisorClient(this.files.api);
   }
 
-  async #lock(options: OperationOptions): Promise<Disposable> {
-    await Deno.mkdir(this.#files.folder, { recursive: true, mode: 0o700 });
-    return await lockFile(this.#files.lock, {
-      ...(options.signal ? { signal: options.signal } : {}),
-      onWait: () => options.report?.("waiting for another command to finish with this machine"),
-    });
-  }
-
-  async #ask<T>(action: string, run: () => Promise<T>): Promise<T> {
-    try {
-      return await run();
-    } catch (cause) {
-      const { state, address } = await this.status();
-      const reason = cause instanceof Error ? cause.message : String(cause);
-      throw new MachineError(
-        state === "running" || state === "paused"
-          ? `Cannot ${action} "${address}" as ${reason}`
-          : `Cannot ${action} "${address}" as the machine is ${state}: start it with apply`,
-        { cause },
-      );
-    }
-  }
-
-  async #process(): Promise<number | undefined> {
-    const run = await readJson<RunFile>(this.#files.run);
-    return run?.process && isRunning(run.process) ? run.process.pid : undefined;
-  }
-
-  async #record(spec: MachineSpec): Promise<void> {
-    const record: MachineRecord = { version: 1, engine: "kvm", spec };
-    await writeWhole(this.#files.record, JSON.stringify(record));
-  }
-
-  async #start(spec: MachineSpec, options: OperationOptions): Promise<void> {
-    if (await this.#process() !== undefined) return;
-    const files = this.#files;
+  /** Starts it in a supervisor. */
+  protected async startNow(spec: MachineSpec, options: OperationOptions): Promise<void> {
+    if (await this.isAlive()) return;
+    const { files } = this;
     if (spec.kernel === undefined) {
       throw new MachineError(
         `Cannot start "${spec.address}" on KVM as it has no firmware to boot a disk by: give it a kernel, or choose qemu()`,
       );
     }
-    if (new TextEncoder().encode(join(files.folder, "data.0.err.sock")).length > 107) {
-      throw new MachineError(
-        `Cannot start "${spec.address}" as the folder "${files.folder}" makes socket paths longer than 107 bytes: ` +
-          `set HYPERTOPIA_HOME to a shorter path`,
-      );
-    }
-    options.signal?.throwIfAborted();
     options.report?.("starting its supervisor (kvm)");
-    try {
-      await this.#record(spec);
-      await joinFiles(spec.initramfs, files.initramfs);
+    await this.prepare(spec, options, async () => {
       const configuration = configurationJson.print(machineConfiguration(spec, files));
       await writeWhole(files.configuration, JSON.stringify(configuration));
-    } catch (error) {
-      throw writeError(`start "${spec.address}"`, error);
-    }
-    for (const log of [files.consoleLog, files.engineLog]) {
-      if (await exists(log)) await Deno.rename(log, `${log}.1`);
-    }
+    });
+    await this.#removeCgroup();
     await removeIfThere(files.run);
     if (isShared(spec)) return await this.#startShared(spec, options);
     const child = spawnSupervisor(files.engineLog, spec, [
@@ -462,8 +291,8 @@ export class KvmMachine implements Machine {
 
   /** Starts it in the process that runs all machines of its stack, and that process where there is none. */
   async #startShared(spec: MachineSpec, options: OperationOptions): Promise<void> {
-    const { api, configuration, run, engineLog } = this.#files;
-    const shared = sharedFiles(this.#paths, spec.stack);
+    const { api, configuration, run, engineLog } = this.files;
+    const shared = sharedFiles(this.paths, spec.stack);
     const request = { api_sock: api, config_file: configuration, run_file: run, log_path: engineLog };
     const call = options.signal ? { signal: options.signal } : {};
     using _lock = await lockFile(shared.lock, call);
@@ -476,9 +305,9 @@ export class KvmMachine implements Machine {
         ...["--host-sock", shared.socket, "--run-file", shared.run, "--log-path", shared.log],
         ...[
           "--writable",
-          this.#paths.data,
+          this.paths.data,
           "--readable",
-          this.#paths.cache,
+          this.paths.cache,
           "--readable",
           dirname(spec.kernel!),
         ],
@@ -507,67 +336,63 @@ export class KvmMachine implements Machine {
       const status = await client.status({ signal: AbortSignal.timeout(3000) }).catch(() => undefined);
       if (status?.state === "Running" || status?.state === "Paused") return;
       if (isGone || Date.now() > deadline) {
-        const { end } = await readJson<RunFile>(this.#files.run) ?? {};
+        const { end } = await readJson<RunFile>(this.files.run) ?? {};
         // A guest can be faster than we look.
         if (end && end.reason !== "failure") return;
-        if (!isGone) await this.#kill();
-        const words = (await tailOf(this.#files.engineLog, 2000)).trim().split("\n").at(-1) ?? "";
+        if (!isGone) await this.killNow();
+        const words = (await tailOf(this.files.engineLog, 2000)).trim().split("\n").at(-1) ?? "";
         const reason = end?.detail ??
           (isGone ? `its supervisor ended: ${words}` : "its supervisor does not answer");
         throw startError(spec, reason);
       }
       if (options.signal?.aborted) {
-        await this.#kill();
+        await this.killNow();
         throw options.signal.reason;
       }
       await delay(20);
     }
   }
 
-  async #shutdown(timeout: number, options: OperationOptions): Promise<void> {
-    if (await this.#process() === undefined) return;
-    const spec = await this.spec();
-    const { state } = await this.status();
-    if (state === "crashed") return await this.#kill();
-    options.report?.("shutting down");
-    const deadline = Date.now() + timeout;
-    try {
-      using client = this.#client();
-      if (state === "paused") await client.resume();
-      if (spec?.hasAgent) {
-        const limit = AbortSignal.timeout(Math.max(1, timeout));
-        await this.guest.poweroff({
-          signal: options.signal ? AbortSignal.any([limit, options.signal]) : limit,
-        });
-      } else await client.sendCtrlAltDel();
-      while (Date.now() < deadline && await this.#process() !== undefined) {
-        options.signal?.throwIfAborted();
-        await delay(50);
-      }
-    } catch (error) {
-      if (options.signal?.aborted) throw error;
-      options.report?.("the guest does not answer: powering off");
-    }
-    await this.#kill();
-    await this.#releaseNetworks(spec);
+  /** Presses the keys that a guest without agent shuts down by. */
+  protected async pressPower(): Promise<void> {
+    using client = this.#client();
+    await client.sendCtrlAltDel();
   }
 
-  async #kill(): Promise<void> {
-    const run = await readJson<RunFile>(this.#files.run);
-    if (!run?.process || !isRunning(run.process)) return;
+  /** Kills its supervisor, or it within a shared one. */
+  protected async killNow(): Promise<void> {
+    const run = await readJson<RunFile>(this.files.run);
+    if (!run?.process || !isRunning(run.process)) return await this.#removeCgroup();
     if (run.isShared) {
       using client = this.#client();
       await client.act("Kill");
-      while (await this.#process() !== undefined) await delay(10);
+      while (await this.isAlive()) await delay(10);
       return;
     }
     killProcess(run.process.pid);
-    while (await this.#process() !== undefined) await delay(10);
+    while (await this.isAlive()) await delay(10);
+    await this.#removeCgroup();
     await writeWhole(
-      this.#files.run,
+      this.files.run,
       JSON.stringify({ end: { reason: "stopped", detail: "it was powered off" } }),
     );
-    await removeIfThere(this.#files.api);
+    await removeIfThere(this.files.api);
+  }
+
+  /** The process cannot remove the cgroup that it is in. */
+  async #removeCgroup(): Promise<void> {
+    const { cgroup } = await readJson<RunFile>(this.files.run) ?? {};
+    if (cgroup === undefined) return;
+    for (let tries = 0;; tries++) {
+      try {
+        return await Deno.remove(cgroup);
+      } catch (error) {
+        if (error instanceof Deno.errors.NotFound) return;
+        // The last threads of a killed process take a moment.
+        if (!(error instanceof Deno.errors.Busy) || tries === CGROUP_TRIES) throw error;
+        await delay(10);
+      }
+    }
   }
 
   /** A network that no machine uses any more leaves nothing on the host. */
@@ -579,7 +404,12 @@ export class KvmMachine implements Machine {
     }
   }
 
-  async #updateLive(current: MachineSpec, spec: MachineSpec, options: OperationOptions): Promise<void> {
+  /** Grows disks, moves forwards and the balloon. */
+  protected async updateNow(
+    current: MachineSpec,
+    spec: MachineSpec,
+    options: OperationOptions,
+  ): Promise<void> {
     using client = this.#client();
     const call = options.signal ? { signal: options.signal } : {};
     for (const disk of spec.disks) {
@@ -589,39 +419,10 @@ export class KvmMachine implements Machine {
       await client.updateDrive(driveId(disk.name), { size: disk.size }, call);
     }
     if (!equal(current.nics, spec.nics)) await client.setForwards(forwardsOf(spec), call);
-    if (spec.memory !== current.memory) await this.#balloon(client, current.maxMemory, spec.memory, options);
-    // The maximum is fixed until the next start.
-    await this.#record({ ...spec, maxMemory: current.maxMemory });
-    await joinFiles(spec.initramfs, this.#files.initramfs);
-  }
-
-  async #balloon(
-    client: SupervisorClient,
-    maxMemory: number,
-    memory: number,
-    options: OperationOptions,
-  ): Promise<void> {
-    const target = (maxMemory - memory) / MEBIBYTE;
-    await client.setBalloon(target);
-    const deadline = Date.now() + BALLOON_TIMEOUT;
-    while (true) {
-      const actual = (await client.balloonStatistics()).actualPages * PAGE;
-      if (actual === target * MEBIBYTE) return;
-      const size = formatSize(maxMemory - actual);
-      const panic = await findPanic(this.#files.consoleLog);
-      if (panic !== undefined) {
-        throw new MachineError(`the guest crashed while its memory changed (${panic})`);
-      }
-      options.report?.(`balloon at ${size} of ${formatSize(memory)}`);
-      if (Date.now() > deadline) {
-        throw new MachineError(
-          `the guest's balloon stays at ${size} and ${formatSize(memory)} is wanted: ` +
-            `load virtio_balloon in the guest, or free memory there`,
-        );
-      }
-      options.signal?.throwIfAborted();
-      await delay(100);
-    }
+    if (spec.memory === current.memory) return;
+    await client.setBalloon((current.maxMemory - spec.memory) / MEBIBYTE);
+    const read = async () => current.maxMemory - (await client.balloonStatistics()).actualPages * PAGE;
+    await this.waitForBalloon(read, spec.memory, options);
   }
 }
 
@@ -635,14 +436,6 @@ function startError(spec: MachineSpec, reason: string): MachineError {
       ? `Cannot start "${spec.address}": ${reason}`
       : `Cannot start "${spec.address}" as ${reason}`,
   );
-}
-
-function killProcess(pid: number): void {
-  try {
-    Deno.kill(pid, "SIGKILL");
-  } catch (error) {
-    if (!(error instanceof Deno.errors.NotFound)) throw error;
-  }
 }
 
 /** Starts a supervisor that outlives this process. */
@@ -755,17 +548,4 @@ function machineConfiguration(spec: MachineSpec, files: KvmFiles): MachineConfig
 function supervisorProgram(): string {
   const url = new URL(`../supervisor/main.${import.meta.url.endsWith(".ts") ? "ts" : "js"}`, import.meta.url);
   return url.href;
-}
-
-async function readJson<T>(path: string): Promise<T | undefined> {
-  try {
-    return JSON.parse(await Deno.readTextFile(path)) as T;
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound || error instanceof SyntaxError) return undefined;
-    throw error;
-  }
-}
-
-function delay(milliseconds: number): Promise<void> {
-  return new Promise((resolve) => setTimeout(resolve, milliseconds));
 }

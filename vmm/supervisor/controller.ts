@@ -69,8 +69,9 @@ export interface ControllerOptions {
    * Called once everything is open and before the guest runs: the time to give up what is not needed any more.
    *
    * @param files Files that are opened again when the guest restarts, and folders of sockets
+   * @param memory Most memory of the guest, in bytes
    */
-  readonly enterSandbox: (files: SandboxFiles) => boolean;
+  readonly enterSandbox: (files: SandboxFiles, memory: number) => boolean;
   /** Called once when the machine has ended. */
   readonly onEnd: (end: MachineEnd) => void;
 }
@@ -405,7 +406,7 @@ export class MachineController implements Controller {
         ),
       ],
       readWrite: configuration.drives.map(({ pathOnHost }) => pathOnHost),
-    });
+    }, bootMemoryMib(configuration.machine) * MEBIBYTE);
     const filter = isConfined ? resources.use(threadFilter()) : undefined;
     const vmm = resources.use(
       new Vmm({

@@ -27,6 +27,8 @@ export interface SandboxLayer {
   readonly applied: boolean;
   /** What it does, or why it is not there, in words. */
   readonly detail: string;
+  /** Folder of the cgroup that holds the process now, to be removed when it has ended. */
+  readonly folder?: string;
 }
 
 /** Limits of a cgroup. */
@@ -209,8 +211,11 @@ function reasonOf(thrown: unknown): string {
   return thrown instanceof Error ? thrown.message : String(thrown);
 }
 
-/** Finds the folder of this process's cgroup of version 2. */
-function ownCgroup(): string | undefined {
+/**
+ * Finds the folder of the cgroup of version 2 to make cgroups in: the first of all for root, as a session's own cgroup holds
+ * processes and so can hand no controllers down; this process's own for others.
+ */
+function parentCgroup(): string | undefined {
   const path = /^0::(.*)$/m.exec(Deno.readTextFileSync("/proc/self/cgroup"))?.[1];
   // proc(5): the fourth field is the root of the mount, the fifth its place, the type comes after " - ".
   for (const line of Deno.readTextFileSync("/proc/self/mountinfo").split("\n")) {
@@ -218,6 +223,7 @@ function ownCgroup(): string | undefined {
     if (path === undefined || !/ - cgroup2 /.test(line) || root === undefined || place === undefined) {
       continue;
     }
+    if (Deno.uid() === 0) return place;
     if (root === "/" || path === root || path.startsWith(`${root}/`)) {
       return join(place, root === "/" ? path : path.slice(root.length));
     }
@@ -226,13 +232,14 @@ function ownCgroup(): string | undefined {
 }
 
 /**
- * Moves this process into a new cgroup of version 2 with limits, below the one it is in.
+ * Moves this process into a new cgroup of version 2 with limits, which outlives it.
  *
  * @param limits The limits
- * @param parent Folder of the cgroup to make it in; that of this process unless told
+ * @param parent Folder of the cgroup to make it in; unless told the first of all for root, and that of this process for
+ * others
  * @returns Which limits are in place, and why others are not
  */
-export function limitCgroup(limits: CgroupLimits, parent: string | undefined = ownCgroup()): SandboxLayer {
+export function limitCgroup(limits: CgroupLimits, parent: string | undefined = parentCgroup()): SandboxLayer {
   if (parent === undefined) return { applied: false, detail: "no cgroup of version 2 is mounted" };
   const folder = join(parent, limits.name);
   try {
@@ -273,7 +280,7 @@ export function limitCgroup(limits: CgroupLimits, parent: string | undefined = o
   }
   if (done.length > 0) {
     const but = failed.length > 0 ? `; not limited: ${failed.join(", ")}` : "";
-    return { applied: true, detail: `${folder}: ${done.join(", ")}${but}` };
+    return { applied: true, detail: `${folder}: ${done.join(", ")}${but}`, folder };
   }
   try {
     Deno.writeTextFileSync(join(parent, "cgroup.procs"), String(Deno.pid));

@@ -27,6 +27,8 @@ export interface RunFile {
   readonly isShared?: boolean;
   /** How the run ended; absent while it has not. */
   readonly end?: MachineEnd;
+  /** Folder of the cgroup that limits the process: it stays when that ends, and is to be removed then. */
+  readonly cgroup?: string;
 }
 
 /** One machine for a supervisor to run. */
@@ -57,6 +59,11 @@ export interface SupervisorOptions {
 /** What machines that come later open. */
 const DEVICES: readonly string[] = ["/dev/net/tun", "/dev/vhost-net"];
 
+/** Memory that a supervisor may have beyond its guest's, in bytes, with the pages of its disks that the kernel keeps. */
+const MEMORY_ROOM = 2 ** 29;
+/** Threads that a supervisor may have: those of 32 vCPUs, of the isolate and of its pools. */
+const MOST_THREADS = 256;
+
 /** What it takes to plug a tap into a bridge. */
 const PLUG_REQUESTS: readonly number[] = [SIOC.GIFFLAGS, SIOC.SIFFLAGS, SIOC.GIFINDEX, SIOC.BRADDIF];
 
@@ -69,6 +76,7 @@ export class Supervisor implements Disposable {
   readonly #identity = identifyProcess()!;
   readonly #machines = new Set<MachineController>();
   #isConfined = false;
+  #cgroup: string | undefined;
   #isEnding = false;
   #running: Promise<void> | undefined;
 
@@ -126,12 +134,20 @@ export class Supervisor implements Disposable {
   async #run(machine: MachineOptions, log: Log, onStarted: () => void): Promise<MachineEnd> {
     const { runFile } = machine;
     const note = async (run: RunFile) => {
-      if (runFile !== undefined) await writeWhole(runFile, JSON.stringify(run));
+      const cgroup = this.#cgroup === undefined ? {} : { cgroup: this.#cgroup };
+      if (runFile !== undefined) await writeWhole(runFile, JSON.stringify({ ...run, ...cgroup }));
     };
-    await note({ process: this.#identity, ...(this.#options.shared ? { isShared: true } : {}) });
+    const alive: RunFile = {
+      process: this.#identity,
+      ...(this.#options.shared ? { isShared: true } : {}),
+    };
+    await note(alive);
     let end: MachineEnd | undefined;
     try {
-      end = await this.#serve(machine, log, onStarted);
+      end = await this.#serve(machine, log, async () => {
+        if (this.#cgroup !== undefined) await note(alive);
+        onStarted();
+      });
       log.info(end.detail);
       return end;
     } catch (error) {
@@ -146,7 +162,7 @@ export class Supervisor implements Disposable {
   async #serve(
     { id, socket, configFile }: MachineOptions,
     log: Log,
-    onStarted: () => void,
+    onStarted: () => Promise<void>,
   ): Promise<MachineEnd> {
     const parsed = configFile === undefined
       ? undefined
@@ -165,7 +181,7 @@ export class Supervisor implements Disposable {
       log,
       attachTap: (spec, name) =>
         this.#options.shared ? network.plugTap(spec, name) : network.attachTap(spec, name),
-      enterSandbox: (files) => this.#confine(socket, files),
+      enterSandbox: (files, memory) => this.#confine(id, socket, files, memory),
       onEnd: ending.resolve,
     });
     this.#machines.add(controller);
@@ -177,7 +193,7 @@ export class Supervisor implements Disposable {
     this.#running ??= this.#loop.run(() => this.#isEnding);
     try {
       if (parsed) await api.start();
-      onStarted();
+      await onStarted();
       return await ending.promise;
     } finally {
       this.#machines.delete(controller);
@@ -189,7 +205,7 @@ export class Supervisor implements Disposable {
   }
 
   /** Gives up what is not needed any more, once for all machines. */
-  #confine(socket: string, files: SandboxFiles): boolean {
+  #confine(id: string, socket: string, files: SandboxFiles, memory: number): boolean {
     const { isSandboxed, shared, log } = this.#options;
     if (!isSandboxed) return false;
     if (this.#isConfined) return true;
@@ -208,7 +224,12 @@ export class Supervisor implements Disposable {
           { calls: ["chmod"], when: [[{ argument: 1, equal: 0o600, bits: 32 }]] },
         ],
       })
-      : enterSandbox({ folder, ...files });
+      : enterSandbox({
+        folder,
+        ...files,
+        cgroup: { name: `hypertopia-${id}`, memoryMax: memory + MEMORY_ROOM, pidsMax: MOST_THREADS },
+      });
+    this.#cgroup = report.cgroup.folder;
     for (const [name, { applied, detail }] of Object.entries(report) as [string, SandboxLayer][]) {
       if (applied) log.info(`sandbox, ${name}: ${detail}`);
       else log.warn(`sandbox without ${name}: ${detail}`);
