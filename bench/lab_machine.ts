@@ -1,5 +1,5 @@
 /**
- * Machines of a stock kernel, for benchmarks: ours, and QEMU's microvm with the same kernel and initramfs.
+ * Machines of a stock kernel, for benchmarks and tests: ours, and QEMU's microvm with the same kernel and initramfs.
  *
  * @module
  */
@@ -33,6 +33,8 @@ export interface LabMachineOptions {
   readonly memory: number;
   /** Path of a raw disk. */
   readonly disk?: string;
+  /** Path of a kernel; the kit's unless told. */
+  readonly kernel?: string;
 }
 
 /** Kernel, initramfs, and a folder for everything else. */
@@ -56,9 +58,14 @@ export class LabKit implements AsyncDisposable {
    *
    * @param bench Name of the benchmark
    * @param command What the guest runs after it has printed {@linkcode MARK}
+   * @param flavour Which of Debian's kernels
    * @returns The files; undefined where no stock kernel runs
    */
-  static async prepare(bench: string, command = ""): Promise<LabKit | undefined> {
+  static async prepare(
+    bench: string,
+    command = "",
+    flavour: "cloud" | "generic" = "cloud",
+  ): Promise<LabKit | undefined> {
     const { isUsable, detail } = probeKvm();
     if (!isUsable) {
       const text = `Cannot measure "${bench}" as no stock kernel runs here: ${detail}\n`;
@@ -67,7 +74,7 @@ export class LabKit implements AsyncDisposable {
     }
     const context = { cache: hostPaths().cache, signal: new AbortController().signal, report() {} };
     const image = await debianBuilder.build(
-      { type: "debian", suite: "bookworm", flavour: "cloud" },
+      { type: "debian", suite: "bookworm", flavour },
       context,
     );
     const kit = new LabKit(await Deno.makeTempDir({ prefix: "ht-" }), image.kernel!.kernel);
@@ -106,12 +113,12 @@ ${command}`;
    * @param options What it is made of
    * @returns Path of the file
    */
-  writeConfiguration(folder: string, { cpus, memory, disk }: LabMachineOptions): string {
+  writeConfiguration(folder: string, { cpus, memory, disk, kernel }: LabMachineOptions): string {
     const configuration: MachineConfiguration = {
       ...DEFAULT_CONFIGURATION,
       machine: { ...DEFAULT_CONFIGURATION.machine, vcpuCount: cpus, memSizeMib: memory },
       bootSource: {
-        kernelImagePath: this.kernel,
+        kernelImagePath: kernel ?? this.kernel,
         initrdPath: this.initramfs,
         bootArgs: `console=hvc0 8250.nr_uarts=0 pci=noearly ${COMMON_WORDS}`,
       },

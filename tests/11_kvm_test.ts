@@ -32,6 +32,9 @@ labTest("our own VMM, in the lab", async (lab, { step }) => {
   await step("a client of Firecracker's drives a machine", async () => {
     await runTests(["tests/lab/firecracker.ts"]);
   });
+  await step("an ELF kernel is entered by PVH, and by its 64-bit entry", async () => {
+    await runTests(["tests/lab/kernels.ts"]);
+  });
   await step("machines live whole lives", async () => {
     await runTests(["tests/lab/kvm.ts"]);
   });

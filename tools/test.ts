@@ -16,6 +16,7 @@ const PACKAGES: readonly (readonly [name: string, program: string])[] = [
   ["iproute2", "ip"],
   ["nftables", "nft"],
   ["qemu-utils", "qemu-img"],
+  ["xz-utils", "xz"],
 ];
 
 interface Count {
