@@ -72,7 +72,7 @@ Deno.test("a machine lives a whole life: disk, network, memory, pause, restart, 
   assert.deepEqual(threads(pid!, "CapEff"), new Set(["0000000000000000"]));
   const cgroup = `/sys/fs/cgroup${/^0::(.*)$/m.exec(await Deno.readTextFile(`/proc/${pid}/cgroup`))![1]}`;
   assert.match(cgroup, /\/hypertopia-/);
-  assert.equal(Number(await Deno.readTextFile(`${cgroup}/memory.max`)), (256 + 512) * 2 ** 20);
+  assert.equal(Number(await Deno.readTextFile(`${cgroup}/memory.max`)), (512 + 512) * 2 ** 20);
   assert.equal(Number(await Deno.readTextFile(`${cgroup}/pids.max`)), 256);
 
   // The network, both ways: TCP by a port forward, ping from the host, and TCP from the guest to the host.

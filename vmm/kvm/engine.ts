@@ -43,8 +43,8 @@ import { probeKvm } from "./probe.ts";
 const MAX_VCPUS = 32;
 const MEBIBYTE = 2 ** 20;
 const PAGE = 4096;
-/** How often the removal of a cgroup is tried, every 10 milliseconds. */
-const CGROUP_TRIES = 100;
+/** How often the removal of a cgroup is tried, every 10 milliseconds: the process in it has to end before. */
+const CGROUP_TRIES = 1000;
 /** How long a supervisor may take until it answers, in milliseconds. */
 const START_TIMEOUT = 120_000;
 /** Words for the kernel of every guest: consoles; and what it need not look for, since each look costs exits. */
@@ -388,7 +388,6 @@ export class KvmMachine extends FileMachine<KvmFiles> {
         return await Deno.remove(cgroup);
       } catch (error) {
         if (error instanceof Deno.errors.NotFound) return;
-        // The last threads of a killed process take a moment.
         if (!(error instanceof Deno.errors.Busy) || tries === CGROUP_TRIES) throw error;
         await delay(10);
       }

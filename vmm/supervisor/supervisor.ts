@@ -17,7 +17,7 @@ import { Api } from "./api.ts";
 import { checkFiles, DEFAULT_CONFIGURATION, type MachineEnd, parseConfigFile } from "./config.ts";
 import { MachineController, type SandboxFiles } from "./controller.ts";
 import type { Log } from "./log.ts";
-import { enterSandbox, type SandboxLayer } from "./sandbox.ts";
+import { enterSandbox, type SandboxLayer, type SandboxOptions } from "./sandbox.ts";
 
 /** The file that tells who runs a machine, and how its last run ended. */
 export interface RunFile {
@@ -160,7 +160,7 @@ export class Supervisor implements Disposable {
   }
 
   async #serve(
-    { id, socket, configFile }: MachineOptions,
+    { id, socket, configFile, runFile }: MachineOptions,
     log: Log,
     onStarted: () => Promise<void>,
   ): Promise<MachineEnd> {
@@ -181,7 +181,14 @@ export class Supervisor implements Disposable {
       log,
       attachTap: (spec, name) =>
         this.#options.shared ? network.plugTap(spec, name) : network.attachTap(spec, name),
-      enterSandbox: (files, memory) => this.#confine(id, socket, files, memory),
+      enterSandbox: (files, memory) =>
+        this.#confine(socket, {
+          ...files,
+          // Whoever reads the run file removes the cgroup.
+          ...(runFile === undefined ? {} : {
+            cgroup: { name: `hypertopia-${id}`, memoryMax: memory + MEMORY_ROOM, pidsMax: MOST_THREADS },
+          }),
+        }),
       onEnd: ending.resolve,
     });
     this.#machines.add(controller);
@@ -205,7 +212,7 @@ export class Supervisor implements Disposable {
   }
 
   /** Gives up what is not needed any more, once for all machines. */
-  #confine(id: string, socket: string, files: SandboxFiles, memory: number): boolean {
+  #confine(socket: string, files: SandboxFiles & Pick<SandboxOptions, "cgroup">): boolean {
     const { isSandboxed, shared, log } = this.#options;
     if (!isSandboxed) return false;
     if (this.#isConfined) return true;
@@ -224,11 +231,7 @@ export class Supervisor implements Disposable {
           { calls: ["chmod"], when: [[{ argument: 1, equal: 0o600, bits: 32 }]] },
         ],
       })
-      : enterSandbox({
-        folder,
-        ...files,
-        cgroup: { name: `hypertopia-${id}`, memoryMax: memory + MEMORY_ROOM, pidsMax: MOST_THREADS },
-      });
+      : enterSandbox({ folder, ...files });
     this.#cgroup = report.cgroup.folder;
     for (const [name, { applied, detail }] of Object.entries(report) as [string, SandboxLayer][]) {
       if (applied) log.info(`sandbox, ${name}: ${detail}`);
