@@ -10,31 +10,25 @@ import { MachineError } from "../vmm/errors.ts";
 import { exists, lockFile, writeWhole } from "../vmm/files.ts";
 import type { BuildContext } from "../vmm/images/builder.ts";
 import { runTool, storeKey } from "../vmm/images/store.ts";
+import {
+  type ArchiveOptions,
+  debianKeyring,
+  missingDependency,
+  missingPackages,
+  type PackageArchive,
+} from "./package_archive.ts";
 
-/** Which archive to use. */
-export interface AptOptions {
-  /** Suite, such as `bookworm`. */
-  readonly suite: string;
-  /** Architecture, such as `amd64`. */
-  readonly arch: string;
-  /** Address of a mirror; that of the system's own apt configuration unless told. */
-  readonly mirror?: string | undefined;
-  /** Path of a keyring that the mirror is checked against; Debian's own unless told. */
-  readonly keyring?: string | undefined;
-}
-
-const KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /** How long package lists count as fresh, in milliseconds. */
 const FRESH = 24 * 3600 * 1000;
 
 /** Apt with a state of its own. */
-export class Apt {
+export class Apt implements PackageArchive {
   readonly #context: BuildContext;
   readonly #folder: string;
-  readonly #options: AptOptions;
+  readonly #options: ArchiveOptions;
   readonly #sources: string;
 
-  private constructor(context: BuildContext, folder: string, options: AptOptions, sources: string) {
+  private constructor(context: BuildContext, folder: string, options: ArchiveOptions, sources: string) {
     this.#context = context;
     this.#folder = folder;
     this.#options = options;
@@ -53,7 +47,7 @@ export class Apt {
    * @param options Which archive
    * @returns Apt for that archive
    */
-  static async open(context: BuildContext, options: AptOptions): Promise<Apt> {
+  static async open(context: BuildContext, options: ArchiveOptions): Promise<Apt> {
     const sources = await findSources(context, options);
     const folder = join(context.cache, "apt", storeKey(options.arch, sources));
     const apt = new Apt(context, folder, options, sources);
@@ -78,8 +72,26 @@ export class Apt {
     );
     if (age < FRESH) return;
     this.#context.report(`reading the package lists of ${this.#options.suite}`);
-    await this.#run("apt-get", ["update", "-qq", "-o", "APT::Update::Error-Mode=any"]);
+    try {
+      await this.#run("apt-get", ["update", "-qq", "-o", "APT::Update::Error-Mode=any"]);
+    } catch (error) {
+      if (this.#options.arch === "amd64" || !(error instanceof MachineError) || !(await this.#hasSuite())) {
+        throw error;
+      }
+      // Mirrors of updates lag behind for architectures that few use: the suite itself is enough to build a guest.
+      this.#context.report(`going on without the updates of ${this.#options.suite}: ${error.message}`);
+      return;
+    }
     await writeWhole(stamp, "", 0o644);
+  }
+
+  /** Tells whether the list of the suite itself is there. */
+  async #hasSuite(): Promise<boolean> {
+    const name = `_dists_${this.#options.suite}_main_binary-${this.#options.arch}_Packages`;
+    for await (const each of Deno.readDir(join(this.#folder, "state/lists"))) {
+      if (each.name.includes(name)) return true;
+    }
+    return false;
   }
 
   /**
@@ -97,12 +109,7 @@ export class Apt {
     }
     const missing = names.filter((name) => !found.has(name));
     if (missing.length > 0) {
-      throw new MachineError(
-        `Cannot find the package${missing.length === 1 ? "" : "s"} ${
-          missing.map((name) => `"${name}"`).join(", ")
-        } in ` +
-          `"${this.#options.suite}": check the spelling and the suite`,
-      );
+      throw new MachineError(missingPackages(missing, this.#options.suite));
     }
     return found;
   }
@@ -120,9 +127,7 @@ export class Apt {
       pattern.test(each)
     );
     if (found === undefined) {
-      throw new MachineError(
-        `Cannot find what the package "${name}" stands for in "${this.#options.suite}": check the suite`,
-      );
+      throw new MachineError(missingDependency(name, this.#options.suite));
     }
     return found;
   }
@@ -209,9 +214,9 @@ export class Apt {
 }
 
 /** Writes the sources of a suite: from the given mirror, or from the entries of the system's own configuration. */
-async function findSources(context: BuildContext, options: AptOptions): Promise<string> {
+async function findSources(context: BuildContext, options: ArchiveOptions): Promise<string> {
   const { suite, mirror, keyring } = options;
-  const key = keyring ?? (await exists(KEYRING) ? KEYRING : undefined);
+  const key = keyring ?? await debianKeyring();
   const signed = `[${key === undefined ? "" : `signed-by=${key}`}]`.replace("[]", "");
   const line = (uri: string, release: string, component: string) =>
     `deb ${signed} ${uri} ${release} ${component}`.replace("  ", " ");

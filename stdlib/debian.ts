@@ -1,5 +1,5 @@
 /**
- * Debian guests, built from packages that apt has checked.
+ * Debian guests, built from packages that apt has checked, or on hosts without it our own reader of a mirror.
  *
  * @module
  */
@@ -21,21 +21,27 @@ import {
   string,
 } from "../dsl/mod.ts";
 import { MachineError } from "../vmm/errors.ts";
+import { exists } from "../vmm/files.ts";
 import type {
   BuildContext,
   BuiltImage,
   BuiltKernel,
+  GuestArchitecture,
   ImageBuilder,
   KernelBuilder,
 } from "../vmm/images/builder.ts";
 import { runTool, storeEntry, storeKey } from "../vmm/images/store.ts";
 import { Apt } from "./apt.ts";
+import { DebianArchive } from "./debian_archive.ts";
+import type { ArchiveOptions, PackageArchive } from "./package_archive.ts";
 
 /** Options that {@linkcode debian} and {@linkcode debianKernel} share. */
 export interface DebianArchiveOptions {
   /** Suite; `"bookworm"` unless told. */
   readonly suite?: string;
-  /** Address of a mirror; that of the system's own apt configuration unless told. */
+  /** Architecture; what the machine's engine runs unless told, which is `"amd64"` for most. */
+  readonly arch?: GuestArchitecture;
+  /** Address of a mirror; that of the system's own apt configuration unless told. Hosts without apt need one. */
   readonly mirror?: string;
   /** Path of a keyring that the mirror is checked against; Debian's own unless told. */
   readonly keyring?: string;
@@ -45,7 +51,10 @@ export interface DebianArchiveOptions {
 
 /** Options of {@linkcode debianKernel}. */
 export interface DebianKernelOptions extends DebianArchiveOptions {
-  /** Flavour: `cloud` is small and boots fast, `generic` has every driver; `"cloud"` unless told. */
+  /**
+   * Flavour: `cloud` is small and boots fast, `generic` has every driver; `"cloud"` unless told. For i386 there is one
+   * flavour only, which any 32-bit processor runs.
+   */
   readonly flavour?: "cloud" | "generic";
 }
 
@@ -65,6 +74,7 @@ export interface DebianOptions extends DebianKernelOptions {
 }
 
 const archiveShape = {
+  arch: optional(oneOf("amd64", "i386")),
   suite: optional(
     string({ pattern: /^[a-z][a-z0-9-]*$/, description: 'a suite such as "bookworm"' }),
     "bookworm",
@@ -124,35 +134,59 @@ export function debianKernel(options: DebianKernelOptions = {}): KernelSource {
 const BASE_PACKAGES: readonly string[] = ["systemd-sysv", "udev", "kmod", "iproute2", "e2fsprogs"];
 const DEFAULT_SIZE: Size = "2GiB";
 
-function aptFor(recipe: Chosen, context: BuildContext): Promise<Apt> {
-  return Apt.open(context, {
-    suite: recipe.suite as string,
-    arch: "amd64",
-    mirror: recipe.mirror as string | undefined,
-    keyring: recipe.keyring as string | undefined,
-  });
+/** The architecture of a recipe: its own, or else the engine's. */
+function architectureOf(recipe: Chosen, context: BuildContext): GuestArchitecture {
+  return (recipe.arch as GuestArchitecture | undefined) ?? context.arch ?? "amd64";
 }
 
-function archiveOf(recipe: Chosen): readonly unknown[] {
-  return [recipe.suite, recipe.mirror ?? "", recipe.revision ?? ""];
+interface DebianArchiveChoice extends ArchiveOptions {
+  readonly arch: GuestArchitecture;
+}
+
+function optionsOf(recipe: Chosen, context: BuildContext): DebianArchiveChoice {
+  return {
+    suite: recipe.suite as string,
+    arch: architectureOf(recipe, context),
+    mirror: recipe.mirror as string | undefined,
+    keyring: recipe.keyring as string | undefined,
+  };
+}
+
+async function openArchive(recipe: Chosen, context: BuildContext): Promise<PackageArchive> {
+  const options = optionsOf(recipe, context);
+  return await hasApt() ? await Apt.open(context, options) : await DebianArchive.open(context, options);
+}
+
+async function hasApt(): Promise<boolean> {
+  for (const folder of (Deno.env.get("PATH") ?? "").split(":")) {
+    if (folder !== "" && await exists(join(folder, "apt-get"))) return true;
+  }
+  return false;
+}
+
+/** What decides, in keys of the cache, which archive it was. */
+function archiveOf(recipe: Chosen, arch: GuestArchitecture): readonly unknown[] {
+  // Entries from before there were other architectures stay valid.
+  return [recipe.suite, recipe.mirror ?? "", recipe.revision ?? "", ...(arch === "amd64" ? [] : [arch])];
 }
 
 /** Builds {@linkcode debianKernel}. */
 export const debianKernelBuilder: KernelBuilder = {
   type: "debian",
   async build(recipe, context): Promise<BuiltKernel> {
-    const flavour = recipe.flavour === "generic" ? "amd64" : "cloud-amd64";
-    const key = storeKey("debian-kernel", archiveOf(recipe), flavour);
+    const arch = architectureOf(recipe, context);
+    const flavour = arch === "i386" ? "686" : recipe.flavour === "generic" ? "amd64" : "cloud-amd64";
+    const key = storeKey("debian-kernel", archiveOf(recipe, arch), flavour);
     const { folder, about } = await storeEntry(
       context,
       `kernels/${key}`,
       `the ${flavour} kernel`,
       async (part) => {
-        const apt = await aptFor(recipe, context);
-        const name = await apt.dependency(`linux-image-${flavour}`, /^linux-image-\d/);
-        const version = (await apt.versions([name])).get(name);
+        const archive = await openArchive(recipe, context);
+        const name = await kernelPackage(archive, flavour, arch);
+        const version = (await archive.versions([name])).get(name);
         const tree = join(part, "tree");
-        await apt.unpack(name, tree);
+        await archive.unpack(name, tree);
         const release = name.replace("linux-image-", "");
         await Deno.rename(join(tree, "boot", `vmlinuz-${release}`), join(part, "vmlinuz"));
         const modules = await firstThere([
@@ -173,20 +207,40 @@ export const debianKernelBuilder: KernelBuilder = {
   },
 };
 
+/** Finds the package of a kernel. */
+async function kernelPackage(
+  archive: PackageArchive,
+  flavour: string,
+  arch: GuestArchitecture,
+): Promise<string> {
+  try {
+    return await archive.dependency(`linux-image-${flavour}`, /^linux-image-\d/);
+  } catch (cause) {
+    if (arch !== "i386" || !(cause instanceof MachineError)) throw cause;
+    throw new MachineError(`${cause.message}; the last with kernels for i386 is "bookworm"`, { cause });
+  }
+}
+
 /** Builds {@linkcode debian}. */
 export const debianBuilder: ImageBuilder = {
   type: "debian",
   async build(recipe, context): Promise<BuiltImage> {
+    const packages = recipe.packages as readonly string[] | undefined;
+    const form = recipe.form ?? (packages?.length ? "full" : "minimal");
+    if (form === "full" && !(await hasApt())) {
+      throw new MachineError(
+        `Cannot build a full Debian as this host has no apt-get: use a Debian host with apt-get and mmdebstrap, ` +
+          `or leave packages and form out for the minimal one`,
+      );
+    }
     const kernel = await debianKernelBuilder.build(recipe, context);
     const busybox = await debianBusybox(recipe, context);
-    const packages = recipe.packages as readonly string[] | undefined;
     const common = {
       kernel,
       busybox,
       modules: (recipe.modules as readonly string[] | undefined) ?? [],
       cmdline: "",
     };
-    const form = recipe.form ?? (packages?.length ? "full" : "minimal");
     if (form === "minimal") {
       return { key: storeKey("debian-minimal", kernel.key), root: undefined, ...common };
     }
@@ -207,21 +261,65 @@ export const debianBuilder: ImageBuilder = {
  * @returns Path of the program
  */
 export async function debianBusybox(recipe: Chosen, context: BuildContext): Promise<string> {
-  const { folder } = await storeEntry(
-    context,
-    `busybox/${storeKey("busybox", archiveOf(recipe))}`,
-    "busybox",
-    async (part) => {
-      const apt = await aptFor(recipe, context);
-      const tree = join(part, "tree");
-      await apt.unpack("busybox-static", tree);
-      const found = await firstThere([join(tree, "bin/busybox"), join(tree, "usr/bin/busybox")]);
-      await Deno.rename(found, join(part, "busybox"));
-      await Deno.remove(tree, { recursive: true });
-      return { version: (await apt.versions(["busybox-static"])).get("busybox-static") };
-    },
-  );
+  const key = storeKey("busybox", archiveOf(recipe, architectureOf(recipe, context)));
+  const folder = await packageFiles(recipe, context, `busybox/${key}`, "busybox-static", {
+    busybox: ["bin/busybox", "usr/bin/busybox"],
+  });
   return join(folder, "busybox");
+}
+
+/** Files of a PC's firmware. */
+export interface PcFirmware {
+  /** Path of the BIOS, of 128 KiB. */
+  readonly bios: string;
+  /** Path of the BIOS of a graphics adapter with VESA modes. */
+  readonly vgaBios: string;
+}
+
+/**
+ * Finds SeaBIOS, as Debian builds it, in the cache, or fetches it.
+ *
+ * @param context Cache, signal and progress
+ * @param recipe Suite and mirror; those of {@linkcode DEFAULT_KERNEL} unless told
+ * @returns Paths of its files
+ */
+export async function debianSeabios(
+  context: BuildContext,
+  recipe: Chosen = DEFAULT_KERNEL,
+): Promise<PcFirmware> {
+  // The package is the same for all architectures.
+  const key = storeKey("seabios", archiveOf(recipe, "amd64"));
+  const folder = await packageFiles(recipe, context, `seabios/${key}`, "seabios", {
+    "bios.bin": ["usr/share/seabios/bios.bin"],
+    "vgabios.bin": ["usr/share/seabios/vgabios-stdvga.bin"],
+  });
+  return { bios: join(folder, "bios.bin"), vgaBios: join(folder, "vgabios.bin") };
+}
+
+/**
+ * Makes an entry of the cache of files of a package.
+ *
+ * @param files Where each file may be in the package, by its name in the entry
+ * @returns Folder of the entry
+ */
+async function packageFiles(
+  recipe: Chosen,
+  context: BuildContext,
+  entry: string,
+  name: string,
+  files: Readonly<Record<string, readonly string[]>>,
+): Promise<string> {
+  const { folder } = await storeEntry(context, entry, `the files of "${name}"`, async (part) => {
+    const archive = await openArchive(recipe, context);
+    const tree = join(part, "tree");
+    await archive.unpack(name, tree);
+    for (const [target, places] of Object.entries(files)) {
+      await Deno.rename(await firstThere(places.map((place) => join(tree, place))), join(part, target));
+    }
+    await Deno.remove(tree, { recursive: true });
+    return { version: (await archive.versions([name])).get(name) };
+  });
+  return folder;
 }
 
 /** The kernel of images that bring none, such as {@linkcode directory}. */
@@ -235,16 +333,23 @@ async function buildRoot(
 ): Promise<{ key: string; path: string; bytes: number }> {
   const bytes = parseSize((recipe.size as string | undefined) ?? DEFAULT_SIZE);
   const wanted = [...new Set([...BASE_PACKAGES, ...packages])].sort();
-  const key = storeKey("debian-root", archiveOf(recipe), wanted, kernel.key, bytes);
+  const options = optionsOf(recipe, context);
+  const key = storeKey(
+    "debian-root",
+    archiveOf(recipe, options.arch),
+    wanted,
+    kernel.key,
+    bytes,
+  );
   const { folder } = await storeEntry(
     context,
     `roots/${key}`,
     `the Debian image with ${packages.join(", ") || "no packages"}`,
     async (part) => {
-      const apt = await aptFor(recipe, context);
+      const apt = await Apt.open(context, options);
       const versions = await apt.versions(wanted);
       const image = join(part, "root.ext4");
-      await runMmdebstrap(recipe, apt, wanted, kernel, image, bytes, context);
+      await runMmdebstrap(options, apt, wanted, kernel, image, bytes, context);
       return { packages: Object.fromEntries(versions) };
     },
   );
@@ -252,7 +357,7 @@ async function buildRoot(
 }
 
 async function runMmdebstrap(
-  recipe: Chosen,
+  options: DebianArchiveChoice,
   apt: Apt,
   packages: readonly string[],
   kernel: BuiltKernel,
@@ -288,7 +393,9 @@ async function runMmdebstrap(
     [
       "--variant=minbase",
       ...(isRoot ? ["--mode=root", "--format=directory"] : ["--mode=unshare", "--format=null"]),
-      "--architectures=amd64",
+      `--architectures=${options.arch}`,
+      // A kernel for amd64 runs programs for i386 without the emulator that mmdebstrap would look for.
+      ...(options.arch === "i386" ? ["--skip=check/qemu"] : []),
       `--include=${packages.join(",")}`,
       "--dpkgopt=path-exclude=/usr/share/man/*",
       "--dpkgopt=path-exclude=/usr/share/locale/*",
@@ -296,7 +403,7 @@ async function runMmdebstrap(
       "--dpkgopt=path-include=/usr/share/doc/*/copyright",
       ...(await aptAcquireOptions(context)).map((option) => `--aptopt=${option}`),
       ...hooks.map((hook) => `--customize-hook=${hook}`),
-      recipe.suite as string,
+      options.suite,
       isRoot ? tree : "/dev/null",
       apt.sourcesFile,
     ],

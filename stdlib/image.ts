@@ -4,12 +4,12 @@
  * @module
  */
 
-import { join } from "node:path";
 import { Choice, type ImageSource, object, oneOf, optional, string } from "../dsl/mod.ts";
 import { MachineError } from "../vmm/errors.ts";
-import { exists, lockFile, removeIfThere } from "../vmm/files.ts";
+import { exists } from "../vmm/files.ts";
 import type { BuildContext, BuiltImage, ImageBuilder } from "../vmm/images/builder.ts";
 import { sha256, storeKey } from "../vmm/images/store.ts";
+import { download, wrongChecksum } from "./download.ts";
 
 /** A file: one of this host, or a download whose digest is known. */
 export type FileSource =
@@ -101,7 +101,12 @@ export const imageBuilder: ImageBuilder = {
 };
 
 async function fetchFile(source: Source, context: BuildContext): Promise<{ path: string; key: string }> {
-  if (source.url !== undefined) return await download(source.url, source.sha256, context);
+  if (source.url !== undefined) {
+    if (source.sha256 === undefined) {
+      throw new MachineError(`Cannot download "${source.url}" without its checksum: give sha256`);
+    }
+    return { path: await download(source.url, { sha256: source.sha256 }, context), key: source.sha256 };
+  }
   const path = source.path;
   if (path === undefined) {
     throw new MachineError('Cannot find a file of an image: give "path", or "url" and "sha256"');
@@ -112,106 +117,10 @@ async function fetchFile(source: Source, context: BuildContext): Promise<{ path:
   if (source.sha256 !== undefined) {
     context.report(`checking ${path}`);
     const found = await sha256(path);
-    if (found !== source.sha256) throw mismatch(path, source.sha256, found);
+    if (found !== source.sha256) throw wrongChecksum(path, source.sha256, found);
   }
   const { size, mtime } = await Deno.stat(path);
   return { path, key: source.sha256 ?? storeKey(path, size, mtime?.getTime()) };
-}
-
-function mismatch(what: string, wanted: string, found: string): MachineError {
-  return new MachineError(
-    `Cannot use "${what}" as its checksum is wrong: ${wanted} is wanted and ${found} was found: ` +
-      `correct sha256, or get the file from a better place`,
-  );
-}
-
-/**
- * Downloads a file whose digest is known. An interrupted download is continued; a finished one is never made again.
- *
- * @param url Address
- * @param wanted Hexadecimal SHA-256
- * @param context Cache, signal and progress
- * @returns Path and key of the checked file
- * @throws {MachineError} If the server fails or the content is not the wanted one
- */
-export async function download(
-  url: string,
-  wanted: string | undefined,
-  context: BuildContext,
-): Promise<{ path: string; key: string }> {
-  if (wanted === undefined) {
-    throw new MachineError(`Cannot download "${url}" without its checksum: give sha256`);
-  }
-  const path = join(context.cache, "downloads", wanted);
-  if (await exists(path)) return { path, key: wanted };
-  using _lock = await lockFile(join(context.cache, "locks", `download-${wanted}`), {
-    signal: context.signal,
-    onWait: () => context.report(`waiting for another process that downloads "${url}"`),
-  });
-  if (await exists(path)) return { path, key: wanted };
-  await Deno.mkdir(join(context.cache, "downloads"), { recursive: true });
-  const part = `${path}.part`;
-  for (let attempt = 1;; attempt++) {
-    try {
-      await continueDownload(url, part, context);
-      break;
-    } catch (cause) {
-      context.signal.throwIfAborted();
-      const text = cause instanceof Error ? cause.message : String(cause);
-      if (cause instanceof MachineError || attempt >= 3) {
-        throw cause instanceof MachineError ? cause : new MachineError(
-          `Cannot download "${url}" as ${text}: what has arrived is kept, run the command again to continue`,
-          { cause },
-        );
-      }
-      context.report(`continuing the download after: ${text}`);
-    }
-  }
-  const found = await sha256(part);
-  if (found !== wanted) {
-    await removeIfThere(part);
-    throw mismatch(url, wanted, found);
-  }
-  await Deno.rename(part, path);
-  return { path, key: wanted };
-}
-
-async function continueDownload(url: string, part: string, context: BuildContext): Promise<void> {
-  using file = await Deno.open(part, { create: true, write: true });
-  let offset = (await file.stat()).size;
-  const response = await fetch(url, {
-    signal: context.signal,
-    headers: offset > 0 ? { range: `bytes=${offset}-` } : {},
-  });
-  if (response.status === 416) {
-    // All of it is here already.
-    await response.body?.cancel();
-    return;
-  }
-  if (!response.ok || !response.body) {
-    await response.body?.cancel();
-    throw new MachineError(
-      `Cannot download "${url}" as the server answered ${response.status} ${response.statusText}`,
-    );
-  }
-  if (response.status !== 206) offset = 0;
-  await file.truncate(offset);
-  await file.seek(offset, Deno.SeekMode.Start);
-  const total = offset + Number(response.headers.get("content-length") ?? 0);
-  let shown = 0;
-  for await (const chunk of response.body) {
-    for (let at = 0; at < chunk.length;) at += await file.write(chunk.subarray(at));
-    offset += chunk.length;
-    if (Date.now() - shown > 300) {
-      shown = Date.now();
-      context.report(
-        `downloading ${url}: ${Math.round(offset / 1e6)} of ${
-          total > offset ? Math.round(total / 1e6) : "?"
-        } MB`,
-      );
-    }
-  }
-  if (response.headers.has("content-length") && offset < total) throw new Error("the connection was cut");
 }
 
 /** Capacity of a disk image: the file's own size for raw, the header's field for qcow2. */

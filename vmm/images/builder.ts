@@ -6,12 +6,17 @@
 
 import type { Chosen } from "../../dsl/mod.ts";
 
+/** Architecture of a guest, as Debian names it. */
+export type GuestArchitecture = "amd64" | "i386";
+
 /** What a builder may use. */
 export interface BuildContext {
   /** Folder of the cache. */
   readonly cache: string;
   /** Aborted by Ctrl-C and time limits. */
   readonly signal: AbortSignal;
+  /** Architecture to build for where the recipe names none, as the machine's engine wants it; `amd64` unless told. */
+  readonly arch?: GuestArchitecture | undefined;
   /** Shows progress. */
   report(progress: string): void;
 }
