@@ -38,15 +38,57 @@ export interface PortForward {
   readonly isShared?: boolean;
 }
 
-interface Listener {
+/** A port that is listened on. */
+export interface Listener {
+  /** Where it leads; may change. */
   forward: PortForward;
+  /** Ends it with its connections; the port is free when this is done. */
+  close(): void | Promise<void>;
+}
+
+/** How datagrams of one peer reach a guest. */
+export interface GuestDatagrams {
+  /**
+   * Sends one.
+   *
+   * @param data What it carries
+   */
+  send(data: Uint8Array): void;
+  /** Ends it. */
   close(): void;
 }
+
+/**
+ * Opens the way of one peer's datagrams to a guest.
+ *
+ * @param forward The guest's address and port
+ * @param onAnswer Takes what the guest answers
+ * @param onEnd Called if it can be used no more
+ * @returns The way; nothing if there are too many
+ */
+export type OpenDatagrams = (
+  forward: PortForward,
+  onAnswer: (data: Uint8Array) => void,
+  onEnd: () => void,
+) => GuestDatagrams | undefined;
+
+/** Sends a datagram to a port of an address. The data are the socket's from then on. */
+export type SendDatagram = (socket: Datagrams, data: Uint8Array, port: number, address: string) => void;
 
 /** Port forwards that can be changed while they work. */
 export class PortForwards implements Disposable {
   readonly #listeners = new Map<string, Listener>();
+  readonly #listen: (forward: PortForward) => Promise<Listener>;
   #last: Promise<void> = Promise.resolve();
+
+  /**
+   * Forwards nothing yet.
+   *
+   * @param listen Listens on a port; leads to guests that the host reaches by their address unless told
+   */
+  constructor(listen: (forward: PortForward) => Promise<Listener> = listenForHost) {
+    this.#listen = listen;
+  }
 
   /**
    * Makes the forwards be these: what is no more in the list ends with its connections, what is new begins, and what has
@@ -63,7 +105,7 @@ export class PortForwards implements Disposable {
 
   /** Ends them all. */
   [Symbol.dispose](): void {
-    for (const listener of this.#listeners.values()) listener.close();
+    for (const listener of this.#listeners.values()) void listener.close();
     this.#listeners.clear();
   }
 
@@ -71,13 +113,26 @@ export class PortForwards implements Disposable {
     const wanted = new Map(forwards.map((each) => [`${each.protocol} ${each.address} ${each.host}`, each]));
     for (const [key, listener] of this.#listeners) {
       if (wanted.has(key)) continue;
-      listener.close();
       this.#listeners.delete(key);
+      await listener.close();
     }
     for (const [key, forward] of wanted) {
       const listener = this.#listeners.get(key);
       if (listener) listener.forward = forward;
-      else this.#listeners.set(key, await listen(forward));
+      else this.#listeners.set(key, await this.#begin(forward));
+    }
+  }
+
+  async #begin(forward: PortForward): Promise<Listener> {
+    try {
+      return await this.#listen(forward);
+    } catch (cause) {
+      const { address, host, guest } = forward;
+      throw new MachineError(
+        `Cannot forward port ${host} of ${address} to port ${guest} of the guest as ` +
+          explain(cause, forward),
+        { cause },
+      );
     }
   }
 }
@@ -89,7 +144,27 @@ export class PortForwards implements Disposable {
  * @param path Path of `resolv.conf`
  * @returns One forward for each protocol
  */
-export function dnsForwards(address: string, path = "/etc/resolv.conf"): PortForward[] {
+export function dnsForwards(address: string, path?: string): PortForward[] {
+  const resolver = hostResolver(path);
+  return (["udp", "tcp"] as const).map((protocol) => ({
+    protocol,
+    address,
+    host: DNS_PORT,
+    guest: DNS_PORT,
+    get guestIp() {
+      return resolver();
+    },
+    isShared: true,
+  }));
+}
+
+/**
+ * Finds the host's name server: the first one of `resolv.conf`, which may change.
+ *
+ * @param path Path of `resolv.conf`
+ * @returns Tells its address
+ */
+export function hostResolver(path = "/etc/resolv.conf"): () => string {
   // Without a file, or where it names none, it is this one (resolv.conf(5)).
   let server = "127.0.0.1";
   let end = -Infinity;
@@ -104,28 +179,22 @@ export function dnsForwards(address: string, path = "/etc/resolv.conf"): PortFor
     return server;
   };
   resolver();
-  return (["udp", "tcp"] as const).map((protocol) => ({
-    protocol,
-    address,
-    host: DNS_PORT,
-    guest: DNS_PORT,
-    get guestIp() {
-      return resolver();
-    },
-    isShared: true,
-  }));
+  return resolver;
 }
 
-async function listen(forward: PortForward): Promise<Listener> {
-  try {
-    return await (forward.protocol === "tcp" ? listenTcp(forward) : listenUdp(forward));
-  } catch (cause) {
-    const { address, host, guest } = forward;
-    throw new MachineError(
-      `Cannot forward port ${host} of ${address} to port ${guest} of the guest as ${explain(cause, forward)}`,
-      { cause },
-    );
-  }
+function listenForHost(forward: PortForward): Promise<Listener> {
+  if (forward.protocol === "tcp") return listenTcp(forward);
+  const send = limitedSender();
+  return listenUdp(forward, ({ guest, guestIp }, onAnswer, onEnd) => {
+    // The guest sees each peer as a port of the host of its own.
+    const socket = openUdp(guestIp);
+    socket.on("error", onEnd);
+    socket.on("message", (data, { address, port }) => {
+      // Anybody may send to this port of the host; only the guest may answer.
+      if (address === guestIp && port === guest) onAnswer(data);
+    });
+    return { send: (data) => send(socket, data, guest, guestIp), close: () => void socket.close() };
+  });
 }
 
 function explain(error: unknown, { address, host }: PortForward): string {
@@ -175,45 +244,43 @@ async function listenTcp(forward: PortForward): Promise<Listener> {
   return listener;
 }
 
-/** A peer of a UDP port: the guest sees it as a port of the host of its own. */
-interface Flow {
-  readonly socket: Datagrams;
-  readonly guest: number;
-  readonly guestIp: string;
+interface Flow extends GuestDatagrams {
   readonly timer: NodeJS.Timeout;
 }
 
-async function listenUdp(forward: PortForward): Promise<Listener> {
+/**
+ * Listens on a UDP port of the host.
+ *
+ * @param forward The port
+ * @param open Opens the way of each peer to the guest
+ * @returns The listener
+ */
+export async function listenUdp(forward: PortForward, open: OpenDatagrams): Promise<Listener> {
   const socket = openUdp(forward.address, forward.isShared);
   const flows = new Map<string, Flow>();
-  let sending = 0;
-  const send = (from: Datagrams, data: Uint8Array, port: number, address: string) => {
-    if (sending >= MAX_SENDING) return;
-    sending++;
-    from.send(data, port, address, () => void sending--);
-  };
+  const answer = limitedSender();
   const end = (key: string) => {
     const flow = flows.get(key);
     if (!flow) return;
     flows.delete(key);
     clearTimeout(flow.timer);
-    flow.socket.close();
+    flow.close();
   };
-  const begin = (key: string, client: { readonly address: string; readonly port: number }): Flow => {
+  const begin = (
+    key: string,
+    client: { readonly address: string; readonly port: number },
+  ): Flow | undefined => {
     for (const oldest of flows.keys()) {
       if (flows.size < MAX_FLOWS) break;
       end(oldest);
     }
-    const { guest, guestIp } = listener.forward;
-    const timer = setTimeout(() => end(key), FLOW_TIMEOUT);
-    const flow = { socket: openUdp(guestIp), guest, guestIp, timer };
-    flow.socket.on("error", () => end(key));
-    flow.socket.on("message", (data, { address, port }) => {
-      // Anybody may send to this port of the host; only the guest may answer.
-      if (address !== guestIp || port !== guest || flows.get(key) !== flow) return;
-      timer.refresh();
-      send(socket, data, client.port, client.address);
-    });
+    const onAnswer = (data: Uint8Array) => {
+      if (flows.get(key) !== flow) return;
+      flow?.timer.refresh();
+      answer(socket, data, client.port, client.address);
+    };
+    const datagrams = open(listener.forward, onAnswer, () => end(key));
+    const flow = datagrams && { ...datagrams, timer: setTimeout(() => end(key), FLOW_TIMEOUT) };
     return flow;
   };
   const listener: Listener = {
@@ -226,11 +293,12 @@ async function listenUdp(forward: PortForward): Promise<Listener> {
   socket.on("message", (data, client) => {
     const key = `${client.address} ${client.port}`;
     const flow = flows.get(key) ?? begin(key, client);
+    if (!flow) return;
     // Behind all others, it is the last one to make way.
     flows.delete(key);
     flows.set(key, flow);
     flow.timer.refresh();
-    send(flow.socket, data, flow.guest, flow.guestIp);
+    flow.send(data);
   });
   try {
     socket.bind(forward.host, forward.address);
@@ -243,6 +311,27 @@ async function listenUdp(forward: PortForward): Promise<Listener> {
   return listener;
 }
 
-function openUdp(address: string, reuseAddr = false): Datagrams {
+/**
+ * Makes a function that sends datagrams, and loses those that slow sockets would let pile up.
+ *
+ * @returns The function; all that it sends counts together
+ */
+export function limitedSender(): SendDatagram {
+  let sending = 0;
+  return (socket, data, port, address) => {
+    if (sending >= MAX_SENDING) return;
+    sending++;
+    socket.send(data, port, address, () => void sending--);
+  };
+}
+
+/**
+ * Makes a UDP socket for an address of either family.
+ *
+ * @param address The address
+ * @param reuseAddr Whether other processes may have the same port
+ * @returns The socket, which is not bound yet
+ */
+export function openUdp(address: string, reuseAddr = false): Datagrams {
   return createSocket({ type: isIPv6(address) ? "udp6" : "udp4", reuseAddr });
 }
