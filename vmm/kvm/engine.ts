@@ -82,9 +82,12 @@ function sharedFiles(paths: Paths, stack: string): SharedFiles {
 }
 
 /** Paths of a machine's files. */
-interface KvmFiles extends MachineFiles {
+export interface KvmFiles extends MachineFiles {
+  /** Tells who runs it, and how it ended. */
   readonly run: string;
+  /** Socket of the supervisor's API. */
   readonly api: string;
+  /** What the supervisor starts it from. */
   readonly configuration: string;
 }
 
