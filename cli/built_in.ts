@@ -12,17 +12,27 @@ import {
   hostKernelBuilder,
   imageBuilder,
 } from "../stdlib/mod.ts";
-import { type Engine, hostPaths, KvmEngine, machineKinds, type Paths, QemuEngine } from "../vmm/mod.ts";
+import {
+  EmulatedEngine,
+  type EmulatedEngineOptions,
+  type Engine,
+  hostPaths,
+  KvmEngine,
+  machineKinds,
+  type Paths,
+  QemuEngine,
+} from "../vmm/mod.ts";
 import type { CliOptions } from "./run.ts";
 
 /**
  * The engines of this release, most preferred first.
  *
  * @param paths Folders of this host
+ * @param options Whether emulated machines use saved states
  * @returns The engines
  */
-export function builtInEngines(paths: Paths = hostPaths()): Engine[] {
-  return [new KvmEngine(paths), new QemuEngine(paths)];
+export function builtInEngines(paths: Paths = hostPaths(), options: EmulatedEngineOptions = {}): Engine[] {
+  return [new KvmEngine(paths), new QemuEngine(paths), new EmulatedEngine(paths, options)];
 }
 
 /**

@@ -254,6 +254,38 @@ export interface KvmOptions {
   readonly sandbox?: boolean;
 }
 
+/** Options of {@linkcode emulated}. */
+export interface EmulatedOptions {
+  /** Whether the process that runs the machine gives up all rights that it does not need; so unless told. */
+  readonly sandbox?: boolean;
+}
+
+/** The engine that {@linkcode emulated} chooses: its machines are 32-bit and have one vCPU. */
+export type EmulatedChoice = EngineChoice & {
+  /** Tells it apart from other engines at edit time. */
+  readonly type: "emulated";
+};
+
+/**
+ * Runs the machine in an emulator of 32-bit PCs that needs nothing but Deno: neither rights nor devices nor programs. It is
+ * slow; the first boot of a kind of machine takes seconds, and others go on from there in a fraction of that.
+ *
+ * @param options Whether it is confined
+ * @returns The engine choice
+ *
+ * @example
+ * ```ts
+ * import { emulated, vm } from "hypertopia";
+ * import { debian } from "hypertopia/stdlib";
+ *
+ * const small = vm({ memory: "64MiB", image: debian(), engine: emulated() });
+ * ```
+ */
+export function emulated(options: EmulatedOptions = {}): EmulatedChoice {
+  return new Choice("engine", "emulated", emulatedSchema, options) as EmulatedChoice;
+}
+
+const emulatedSchema = object({ sandbox: optional(boolean()) });
 const kvmSchema = object({ isolation: optional(oneOf("own", "shared")), sandbox: optional(boolean()) });
 
 /**

@@ -93,13 +93,8 @@ export interface VhostMemory {
    * @returns The offset; throws where not all of it is memory
    */
   offset(address: number, length: number): number;
-  /**
-   * Finds where an offset is in this process.
-   *
-   * @param offset The offset
-   * @returns The address
-   */
-  hostAddress(offset: number): bigint;
+  /** Where offset 0 is in this process. */
+  readonly address: number;
 }
 
 /** A virtqueue, as far as vhost must know it. Addresses are the guest's. */
@@ -175,7 +170,7 @@ export class Vhost implements Disposable {
       new Struct(vhostMemoryRegion, bytes.buffer, at).assign({
         guest_phys_addr: address,
         memory_size: length,
-        userspace_addr: memory.hostAddress(offset),
+        userspace_addr: BigInt(memory.address + offset),
       });
     });
     this.#ioctl("SET_MEM_TABLE", bytes);
@@ -190,7 +185,8 @@ export class Vhost implements Disposable {
    */
   setQueue(memory: VhostMemory, queue: VhostQueue, events: VhostQueueEvents): void {
     const { index, size } = queue;
-    const locate = (address: number, length: number) => memory.hostAddress(memory.offset(address, length));
+    const locate = (address: number, length: number) =>
+      BigInt(memory.address + memory.offset(address, length));
     this.#setState("SET_VRING_NUM", index, size);
     this.#setState("SET_VRING_BASE", index, queue.nextAvailable);
     this.#ioctl(

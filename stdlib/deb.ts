@@ -6,7 +6,7 @@
 
 import { basename, join } from "node:path";
 import { MachineError, writeError } from "../vmm/errors.ts";
-import { type Compression, decompress, readPart } from "./compression.ts";
+import { type Compression, decompress, readPart } from "../vmm/images/compression.ts";
 
 /** Most bytes that a package may unpack to. */
 const MAX_BYTES = 4 * 2 ** 30;

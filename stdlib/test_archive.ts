@@ -6,8 +6,8 @@
 
 import { createHash } from "node:crypto";
 import { crc32, gzipSync, zstdCompressSync } from "node:zlib";
+import type { Compression } from "../vmm/images/compression.ts";
 import { importNpm } from "../vmm/images/npm_library.ts";
-import type { Compression } from "./compression.ts";
 
 /** One entry of a tar archive. */
 export interface TestEntry {

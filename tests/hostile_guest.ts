@@ -20,12 +20,8 @@ import { BalloonDevice } from "../vmm/devices/balloon.ts";
 import { BlockDevice } from "../vmm/devices/block.ts";
 import type { BlockFile, HostMemory } from "../vmm/devices/block_file.ts";
 import { ConsoleDevice } from "../vmm/devices/console.ts";
-import {
-  GuestMemory,
-  GuestMemoryError,
-  MEMORY_HOLE_END,
-  MEMORY_HOLE_START,
-} from "../vmm/devices/guest_memory.ts";
+import { GuestMemoryError, MEMORY_HOLE_END, MEMORY_HOLE_START } from "../vmm/devices/guest_memory.ts";
+import { SharedMemory } from "../vmm/devices/shared_memory.ts";
 import { type NetBackend, NetDevice } from "../vmm/devices/net.ts";
 import { ECAM, FUNCTION_MEMORY, HostBridge, PCI_WINDOW, PciBus } from "../vmm/devices/pci_bus.ts";
 import { openBlockFile, type OpenBlockFileOptions } from "../vmm/devices/qcow2_file.ts";
@@ -106,7 +102,7 @@ interface Range {
 }
 
 class Memory {
-  readonly guest: GuestMemory;
+  readonly guest: SharedMemory;
   readonly length: number;
   #isCanaryOffered = false;
   readonly #canary: Uint8Array;
@@ -187,7 +183,7 @@ class Memory {
 }
 
 /** Makes memory of a guest with pages before and behind it that are not the guest's. */
-function fenced(length: number, fence: number): [GuestMemory, Uint8Array[]] {
+function fenced(length: number, fence: number): [SharedMemory, Uint8Array[]] {
   using strays = new DisposableStack();
   const gaps: Mapping[] = [];
   for (let attempt = 0; attempt < 100; attempt++) {
@@ -195,7 +191,7 @@ function fenced(length: number, fence: number): [GuestMemory, Uint8Array[]] {
     const gap = new Mapping(length + 2 * fence, { flags: MAP_PRIVATE | MAP_NORESERVE });
     check(libc().munmap(gap.at(fence), BigInt(length)), "munmap()");
     gaps.push(gap);
-    const memory = new GuestMemory(length);
+    const memory = new SharedMemory(length);
     const around = gaps.find(({ address }) => address + BigInt(fence) === memory.mapping.address);
     if (around) {
       const view = (offset: number) =>
@@ -516,25 +512,27 @@ class Machine {
   makeFunction(subject: Subject): VirtioPciFunction {
     return new VirtioPciFunction(subject.device, {
       memory: this.memory.guest,
-      watcher: this.loop,
-      allocateInterrupts: (count) => {
-        const first = this.#interrupts;
-        this.#interrupts += count;
-        return first;
-      },
-      setMessage: (gsi, _event, message) => {
-        if (this.#messages.has(gsi) === (message !== undefined)) {
-          violate("KVM would refuse an interrupt's message");
-        }
-        if (message) this.#messages.add(gsi);
-        else this.#messages.delete(gsi);
-      },
-      setIoEvent: (event, { address, isRemoved = false }) => {
-        if (this.#ioEvents.has(address) !== isRemoved) {
-          violate(`KVM would refuse the ioeventfd ${isRemoved ? "to be removed" : ""} at ${address}`);
-        }
-        if (isRemoved) this.#ioEvents.delete(address);
-        else this.#ioEvents.set(address, event);
+      signals: {
+        watcher: this.loop,
+        allocateInterrupts: (count) => {
+          const first = this.#interrupts;
+          this.#interrupts += count;
+          return first;
+        },
+        setMessage: (gsi, _event, message) => {
+          if (this.#messages.has(gsi) === (message !== undefined)) {
+            violate("KVM would refuse an interrupt's message");
+          }
+          if (message) this.#messages.add(gsi);
+          else this.#messages.delete(gsi);
+        },
+        setIoEvent: (event, { address, isRemoved = false }) => {
+          if (this.#ioEvents.has(address) !== isRemoved) {
+            violate(`KVM would refuse the ioeventfd ${isRemoved ? "to be removed" : ""} at ${address}`);
+          }
+          if (isRemoved) this.#ioEvents.delete(address);
+          else this.#ioEvents.set(address, event);
+        },
       },
       onFault: () => counts.faults++,
     }, { name: subject.name, vectors: 1 + subject.device.queueSizes.length % 5 });

@@ -24,13 +24,19 @@ const ENVIRONMENT: readonly string[] = [
  * @param log Path of the file that takes what it prints, before it has a log and where it dies of more than an error;
  *   for its owner only
  * @param args Its arguments, after `--detach`
+ * @param flags More flags for Deno
  * @returns The process, which this one does not wait for
  */
-export function spawnDetached(program: string, log: string, args: readonly string[]): Deno.ChildProcess {
+export function spawnDetached(
+  program: string,
+  log: string,
+  args: readonly string[],
+  flags: readonly string[] = [],
+): Deno.ChildProcess {
   const child = new Deno.Command("/bin/sh", {
     args: [
       ...["-c", 'umask 077; exec "$@" >>"$0" 2>&1', log],
-      ...[Deno.execPath(), "run", "-A", "--no-config", "--no-lock", program, "--detach", ...args],
+      ...[Deno.execPath(), "run", "-A", "--no-config", "--no-lock", ...flags, program, "--detach", ...args],
     ],
     clearEnv: true,
     env: Object.fromEntries(ENVIRONMENT.flatMap((name) => {

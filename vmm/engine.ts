@@ -85,6 +85,8 @@ export interface MachineSpec {
   readonly stack: string;
   /** Address in the stack. */
   readonly address: string;
+  /** Host name of the guest. */
+  readonly hostname?: string;
   /** vCPUs. */
   readonly cpus: number;
   /** Memory of the guest, in bytes. */
@@ -217,6 +219,10 @@ export interface MachineNeeds {
   readonly hasNics: boolean;
   /** Whether firmware boots its disk, since it has no kernel of its own. */
   readonly hasFirmware: boolean;
+  /** Most memory that it can have, in bytes. */
+  readonly memory: number;
+  /** Whether it takes a 64-bit processor, whatever the engine could do with. */
+  readonly is64Bit: boolean;
 }
 
 /** A hypervisor back end. */

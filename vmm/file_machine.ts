@@ -204,7 +204,7 @@ export abstract class FileMachine<Files extends MachineFiles> implements Machine
   async destroy(): Promise<void> {
     const spec = await this.spec();
     // The folder may be that of another engine's machine.
-    if (!spec && !(await this.isAlive())) return;
+    if (!spec) return;
     using _lock = await this.#lock({});
     await this.killNow();
     await removeIfThere(this.files.folder);

@@ -1,5 +1,5 @@
 /**
- * Linux's boot protocol on x86-64: bzImage by its 64-bit entry, and ELF kernels by that or by PVH (Linux 6.1
+ * Linux's boot protocol on x86-64: bzImage by its 64-bit entry, and ELF kernels by that, by PVH or by the 32-bit entry (Linux 6.1
  * `Documentation/x86/boot.rst` and `zero-page.rst`; Xen 4.17 `xen/include/public/arch-x86/hvm/start_info.h`).
  *
  * @module
@@ -49,6 +49,7 @@ const ENTRY_64 = 0x200;
 const ELF_MAGIC = 0x464c_457f;
 const PT_LOAD = 1;
 const PT_NOTE = 4;
+const EM_386 = 3;
 const EM_X86_64 = 62;
 const XEN_ELFNOTE_PHYS32_ENTRY = 18;
 const START_INFO_MAGIC = 0x336e_c578;
@@ -73,8 +74,11 @@ export interface MemoryMapEntry {
 
 /** How the first vCPU enters a kernel. */
 export interface KernelEntry {
-  /** What it expects: long mode with the zero page in RSI, or 32-bit protected mode with the start info in EBX. */
-  readonly protocol: "linux64" | "pvh";
+  /**
+   * What it expects: long mode with the zero page in RSI, or 32-bit protected mode with the zero page in ESI (`linux32`) or
+   * with the start info in EBX (`pvh`).
+   */
+  readonly protocol: "linux64" | "linux32" | "pvh";
   /** Address of the first instruction. */
   readonly address: number;
 }
@@ -90,6 +94,39 @@ export interface BootFile {
    * @param target What to fill
    */
   read(offset: number, target: Uint8Array<ArrayBuffer>): void;
+}
+
+/**
+ * Opens a file to boot from.
+ *
+ * @param what What it is, for messages, such as "kernel"
+ * @param path Its path
+ * @returns The file
+ * @throws {MachineError} If it cannot be read
+ */
+export function openBootFile(what: string, path: string): BootFile & Disposable {
+  const fail = (cause: unknown): never => {
+    const reason = cause instanceof Error ? cause.message : String(cause);
+    throw new MachineError(`Cannot read the ${what} "${path}" as ${reason}: give a file that is there`, {
+      cause,
+    });
+  };
+  try {
+    const file = Deno.openSync(path);
+    return {
+      length: file.statSync().size,
+      read(offset, target) {
+        file.seekSync(offset, Deno.SeekMode.Start);
+        for (let at = 0; at < target.length;) {
+          const count = file.readSync(target.subarray(at)) ?? fail("it was cut short meanwhile");
+          at += count;
+        }
+      },
+      [Symbol.dispose]: () => file.close(),
+    };
+  } catch (cause) {
+    return fail(cause);
+  }
 }
 
 /** What to boot. */
@@ -184,7 +221,8 @@ function load(memory: GuestMemory, address: number, file: BootFile, offset: numb
 function newZeroPage(memory: GuestMemory): DataView<ArrayBuffer> {
   const start = memory.offset(LINUX_LAYOUT.zeroPage, PAGE);
   memory.bytes.fill(0, start, start + PAGE);
-  const page = new DataView(memory.mapping.buffer, start, PAGE);
+  const { buffer, byteOffset } = memory.bytes;
+  const page = new DataView(buffer, byteOffset + start, PAGE);
   const map = memoryMap(memory);
   page.setUint8(0x1e8, map.length);
   map.forEach(({ address, length, type }, index) => {
@@ -247,15 +285,20 @@ function loadElf(
   view: DataView<ArrayBuffer>,
   fail: (reason: string) => never,
 ): KernelEntry {
-  // Class 64 bit, little-endian.
-  if (view.getUint8(4) !== 2 || view.getUint8(5) !== 1 || view.getUint16(18, true) !== EM_X86_64) {
-    return fail("its ELF file is not for x86-64: give a 64-bit kernel");
+  const [elfClass, order, machine] = [view.getUint8(4), view.getUint8(5), view.getUint16(18, true)];
+  const isWide = elfClass === 2 && machine === EM_X86_64;
+  if (order !== 1 || !isWide && !(elfClass === 1 && machine === EM_386)) {
+    return fail("its ELF file is not for x86");
   }
-  const wide = (offset: number) => Number(view.getBigUint64(offset, true));
-  const size = view.getUint16(54, true);
-  const count = view.getUint16(56, true);
-  const start = wide(32);
-  if (size < 56 || start + size * count > boot.kernel.length) {
+  const { entry, headers, headerSize, headerCount } = isWide
+    ? { entry: 24, headers: 32, headerSize: 54, headerCount: 56 }
+    : { entry: 24, headers: 28, headerSize: 42, headerCount: 44 };
+  const read = (from: DataView, offset: number) =>
+    isWide ? Number(from.getBigUint64(offset, true)) : from.getUint32(offset, true);
+  const size = view.getUint16(headerSize, true);
+  const count = view.getUint16(headerCount, true);
+  const start = read(view, headers);
+  if (size < (isWide ? 56 : 32) || start + size * count > boot.kernel.length) {
     return fail("its ELF program headers are cut short");
   }
   const table = new DataView(readPart(boot.kernel, start, size * count).buffer);
@@ -264,9 +307,9 @@ function loadElf(
   for (let index = 0; index < count; index++) {
     const at = size * index;
     const type = table.getUint32(at, true);
-    const [offset, address, fileSize, memorySize] = [8, 24, 32, 40].map((field) =>
-      Number(table.getBigUint64(at + field, true))
-    ) as [number, number, number, number];
+    const [offset, address, fileSize, memorySize] = (isWide ? [8, 24, 32, 40] : [4, 12, 16, 20]).map((
+      field,
+    ) => read(table, at + field)) as [number, number, number, number];
     if ((type === PT_LOAD || type === PT_NOTE) && offset + fileSize > boot.kernel.length) {
       return fail("a segment of its ELF file is cut short");
     }
@@ -280,7 +323,7 @@ function loadElf(
       }
       load(memory, address, boot.kernel, offset, fileSize);
       kernelEnd = Math.max(kernelEnd, address + memorySize);
-    } else if (type === PT_NOTE && fileSize <= NOTES_ROOM) {
+    } else if (isWide && type === PT_NOTE && fileSize <= NOTES_ROOM) {
       pvhEntry ??= findPvhEntry(new DataView(readPart(boot.kernel, offset, fileSize).buffer));
     }
   }
@@ -297,7 +340,7 @@ function loadElf(
   // Where the kernel may be put: multiples of 16 MiB.
   page.setUint32(0x230, 0x100_0000, true);
   finishZeroPage(page, initramfs);
-  return { protocol: "linux64", address: wide(24) };
+  return { protocol: isWide ? "linux64" : "linux32", address: read(view, entry) };
 }
 
 function findPvhEntry(notes: DataView): number | undefined {
@@ -323,7 +366,8 @@ function writeStartInfo(
 ): void {
   const start = memory.offset(LINUX_LAYOUT.startInfo, PAGE);
   memory.bytes.fill(0, start, start + PAGE);
-  const info = new DataView(memory.mapping.buffer, start, PAGE);
+  const { buffer, byteOffset } = memory.bytes;
+  const info = new DataView(buffer, byteOffset + start, PAGE);
   const modules = 0x40;
   const mapAt = 0x80;
   const map = memoryMap(memory);

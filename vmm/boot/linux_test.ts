@@ -1,5 +1,5 @@
 import assert from "node:assert/strict";
-import { GuestMemory } from "../devices/guest_memory.ts";
+import { SharedMemory } from "../devices/shared_memory.ts";
 import { MachineError } from "../errors.ts";
 import { type BootFile, LINUX_LAYOUT, loadLinux, memoryMap } from "./linux.ts";
 
@@ -69,13 +69,13 @@ function file(bytes: Uint8Array): BootFile {
   };
 }
 
-function load(kernel: Uint8Array, memory: GuestMemory, commandLine = "quiet") {
+function load(kernel: Uint8Array, memory: SharedMemory, commandLine = "quiet") {
   const initramfs = [file(new Uint8Array(5).fill(1)), file(new Uint8Array(3).fill(2))];
   return loadLinux(memory, { kernel: file(kernel), kernelName: "k", initramfs, commandLine });
 }
 
 Deno.test("loadLinux() puts a bzImage, its initramfs and its command line into memory", () => {
-  using memory = new GuestMemory(64 * MEBIBYTE);
+  using memory = new SharedMemory(64 * MEBIBYTE);
   assert.deepEqual(load(bzImage(), memory), { protocol: "linux64", address: 0x10_0200 });
   const page = new DataView(memory.mapping.buffer, LINUX_LAYOUT.zeroPage, 4096);
   assert.equal(memory.bytes[0x10_0000], 0x90);
@@ -106,7 +106,7 @@ Deno.test("loadLinux() puts a bzImage, its initramfs and its command line into m
 });
 
 Deno.test("memoryMap() goes on behind the hole", () => {
-  using memory = new GuestMemory(4096 * MEBIBYTE);
+  using memory = new SharedMemory(4096 * MEBIBYTE);
   assert.deepEqual(memoryMap(memory).at(-1), { address: 0x1_0000_0000, length: 2 ** 30, type: 1 });
   assert.deepEqual(memoryMap(memory)[2], { address: 0x10_0000, length: 0xbff0_0000, type: 1 });
   assert.equal(memory.offset(0x1_0000_0000, 16), 0xc000_0000);
@@ -116,7 +116,7 @@ Deno.test("memoryMap() goes on behind the hole", () => {
 });
 
 Deno.test("loadLinux() enters an ELF kernel by its note for PVH, and without one as Linux", () => {
-  using memory = new GuestMemory(64 * MEBIBYTE);
+  using memory = new SharedMemory(64 * MEBIBYTE);
   assert.deepEqual(load(elf(true), memory), { protocol: "pvh", address: 0x100_0040 });
   const info = new DataView(memory.mapping.buffer, LINUX_LAYOUT.startInfo, 4096);
   assert.equal(info.getUint32(0, true), 0x336e_c578);
@@ -128,7 +128,7 @@ Deno.test("loadLinux() enters an ELF kernel by its note for PVH, and without one
 });
 
 Deno.test("loadLinux() says what is wrong with a kernel, and never reads or writes elsewhere", () => {
-  using memory = new GuestMemory(32 * MEBIBYTE);
+  using memory = new SharedMemory(32 * MEBIBYTE);
   const refuse = (kernel: Uint8Array<ArrayBuffer>, pattern: RegExp, commandLine?: string) =>
     assert.throws(() => load(kernel, memory, commandLine), (error: unknown) => {
       assert.ok(error instanceof MachineError);

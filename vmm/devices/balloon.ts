@@ -5,16 +5,9 @@
  * @module
  */
 
-import { check, libc } from "../../ffi/mod.ts";
 import type { GuestMemory } from "./guest_memory.ts";
 import { type DeviceContext, VIRTIO_DEVICE, type VirtioDevice } from "./virtio_device.ts";
-import {
-  type DescriptorChain,
-  type Segment,
-  totalLength,
-  type Virtqueue,
-  VirtqueueError,
-} from "./virtqueue.ts";
+import { type DescriptorChain, totalLength, type Virtqueue, VirtqueueError } from "./virtqueue.ts";
 
 const F_STATS_VQ = 1n << 1n;
 const F_DEFLATE_ON_OOM = 1n << 2n;
@@ -34,8 +27,6 @@ const MAX_PAGES = 4096;
 /** Work that is done before everything else has its turn: pages of requests, and as many for each reported range. */
 const MAX_TURN = 4096;
 const RANGE_COST = 64;
-/** `FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE` (Linux 6.1 `include/uapi/linux/falloc.h`). */
-const PUNCH_HOLE = 0x01 | 0x02;
 const STATISTIC_SIZE = 10;
 const MAX_STATISTICS = 256;
 
@@ -345,7 +336,7 @@ function releasePages(memory: GuestMemory, pages: Uint32Array): void {
     let next = first + 1;
     while (next < pages.length && pages[next]! <= pages[next - 1]! + 1) next++;
     const offset = pages[first]! * PAGE;
-    release(memory, { offset, length: (pages[next - 1]! + 1) * PAGE - offset });
+    memory.discard(offset, (pages[next - 1]! + 1) * PAGE - offset);
     first = next;
   }
 }
@@ -356,13 +347,6 @@ function releaseRanges(memory: GuestMemory, chain: DescriptorChain): void {
   for (const { offset, length } of chain.writable) {
     const first = Math.ceil(offset / PAGE) * PAGE;
     const end = Math.floor((offset + length) / PAGE) * PAGE;
-    if (end > first) release(memory, { offset: first, length: end - first });
+    if (end > first) memory.discard(first, end - first);
   }
-}
-
-function release(memory: GuestMemory, { offset, length }: Segment): void {
-  check(
-    libc().fallocate(memory.fd.number, PUNCH_HOLE, BigInt(offset), BigInt(length)),
-    `fallocate(FALLOC_FL_PUNCH_HOLE, ${length})`,
-  );
 }

@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { BALLOON_STATISTICS, BalloonDevice } from "./balloon.ts";
-import { GuestMemory, GuestMemoryError } from "./guest_memory.ts";
+import { GuestMemoryError } from "./guest_memory.ts";
+import { SharedMemory } from "./shared_memory.ts";
 import { seededRandom, TestGuest } from "./test_driver.ts";
 import { VirtqueueError } from "./virtqueue.ts";
 
@@ -9,7 +10,7 @@ const PAGE = 4096;
 const MEMORY = 8 << 20;
 
 /** How many bytes of the host the guest's memory takes. */
-function hostBytes(memory: GuestMemory): number {
+function hostBytes(memory: SharedMemory): number {
   return Deno.statSync(`/proc/self/fd/${memory.fd.number}`).blocks! * 512;
 }
 
@@ -41,7 +42,7 @@ function addStatistics(
 
 Deno.test("BalloonDevice gives exactly the inflated pages back to the host", async () => {
   for (let seed = 1; seed <= 10; seed++) {
-    using memory = new GuestMemory(MEMORY);
+    using memory = new SharedMemory(MEMORY);
     using guest = new TestGuest(new BalloonDevice(), { memory });
     const random = seededRandom(seed);
     // Rings and buffers are in the first MiB.
@@ -71,7 +72,7 @@ Deno.test("BalloonDevice gives exactly the inflated pages back to the host", asy
 });
 
 Deno.test("BalloonDevice takes reported ranges, but only whole pages", async () => {
-  using memory = new GuestMemory(MEMORY);
+  using memory = new SharedMemory(MEMORY);
   using guest = new TestGuest(new BalloonDevice(), { memory });
   memory.bytes.fill(0xaa, 1 << 20);
   for (const queue of [HINTS, REPORTING]) {
@@ -160,7 +161,7 @@ Deno.test("BalloonDevice has no statistics where the driver wants none", async (
   const device = new BalloonDevice({ deflateOnOom: false });
   assert.equal(device.features, 0b100010n);
   assert.equal(new BalloonDevice({ freePageReporting: false }).features, 0b110n);
-  using memory = new GuestMemory(MEMORY);
+  using memory = new SharedMemory(MEMORY);
   using guest = new TestGuest(device, { features: 1n << 5n, memory });
   await assert.rejects(device.statistics(), /has no driver/);
   // Linux counts the queues that it uses: without the one of statistics, the third is that of reports.

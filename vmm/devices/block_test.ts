@@ -2,7 +2,8 @@ import assert from "node:assert/strict";
 import { emptyQcow2 } from "../images/qcow2.ts";
 import { BlockDevice, type BlockDeviceOptions, VIRTIO_BLK_F, VIRTIO_BLK_S, VIRTIO_BLK_T } from "./block.ts";
 import { type BlockFile, fillZeroes } from "./block_file.ts";
-import { GuestMemory, GuestMemoryError } from "./guest_memory.ts";
+import { GuestMemoryError } from "./guest_memory.ts";
+import { SharedMemory } from "./shared_memory.ts";
 import { openBlockFile } from "./qcow2_file.ts";
 import { RateLimiter } from "./rate_limiter.ts";
 import { type DriverSegment, seededRandom, TestGuest, type TestGuestOptions } from "./test_driver.ts";
@@ -88,7 +89,7 @@ function disk(format: "raw" | "qcow2", options: Partial<BlockDeviceOptions> = {}
   const folder = Deno.makeTempDirSync({ prefix: "hypertopia-block-" });
   const path = `${folder}/disk`;
   Deno.writeFileSync(path, format === "raw" ? new Uint8Array(MIB) : emptyQcow2(MIB));
-  const memory = new GuestMemory(16 * MIB);
+  const memory = new SharedMemory(16 * MIB);
   const made = bench(openBlockFile(path, { memory, format, isReadOnly }), options, { memory });
   return {
     ...made,
@@ -514,7 +515,7 @@ Deno.test("BlockDevice grows, and takes another file", async () => {
 
 Deno.test("BlockDevice survives requests of garbage", async () => {
   const random = seededRandom(31);
-  const memory = new GuestMemory(MIB);
+  const memory = new SharedMemory(MIB);
   class Zeroes extends HeldFile {
     override read(_offset: number, segments: readonly Segment[]): Promise<void> {
       fillZeroes({ address: 0, bytes: memory.bytes }, segments);

@@ -192,6 +192,30 @@ export class ConsoleDevice implements VirtioDevice {
     }
   }
 
+  /**
+   * See {@linkcode VirtioDevice.save}. Ports that are no consoles have no client then, as far as the guest knows.
+   *
+   * @returns Which ports the guest knows, and has open
+   */
+  save(): unknown {
+    return this.#ports.map(({ isReady, isOpen }) => ({ isReady, isOpen }));
+  }
+
+  /**
+   * See {@linkcode VirtioDevice.restore}.
+   *
+   * @param state What was saved
+   */
+  restore(state: unknown): void {
+    (state as { isReady: boolean; isOpen: boolean }[]).forEach(({ isReady, isOpen }, index) => {
+      const port = this.#ports[index]!;
+      port.isReady = isReady;
+      port.isOpen = isOpen;
+      if (port.client) this.#announce(port, 1);
+    });
+    this.#serveAll();
+  }
+
   /** Ends it, and removes its sockets. */
   [Symbol.dispose](): void {
     this.#context = undefined;

@@ -3,7 +3,8 @@ import { Buffer } from "node:buffer";
 import { EventLoop } from "../event_loop.ts";
 import { ConsoleDevice, type ConsolePortOptions } from "./console.ts";
 import { SocketSet } from "./unix_socket.ts";
-import { GuestMemory, GuestMemoryError } from "./guest_memory.ts";
+import { GuestMemoryError } from "./guest_memory.ts";
+import { SharedMemory } from "./shared_memory.ts";
 import { DESC_F, type DriverSegment, seededRandom, TestGuest } from "./test_driver.ts";
 import { VirtqueueError } from "./virtqueue.ts";
 
@@ -19,7 +20,7 @@ class Bench implements Disposable {
   readonly device: ConsoleDevice;
   readonly guest: TestGuest;
   readonly output = new Map<number, string>();
-  readonly #memory = new GuestMemory(32 << 20);
+  readonly #memory = new SharedMemory(32 << 20);
   readonly #input = new Map<number, Map<number, DriverSegment>>();
   readonly #scratch: DriverSegment;
 

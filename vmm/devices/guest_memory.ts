@@ -1,10 +1,8 @@
 /**
- * Memory of a guest: one file in memory, seen by the guest below and above the hole under 4 GiB.
+ * Memory of a guest, which sees it below and above the hole under 4 GiB.
  *
  * @module
  */
-
-import { Fd, Mapping } from "../../ffi/mod.ts";
 
 /** Where the hole for devices begins: 3 GiB. */
 export const MEMORY_HOLE_START = 0xc000_0000;
@@ -29,57 +27,65 @@ export class GuestMemoryError extends Error {
 export interface GuestMemoryRegion {
   /** Where the guest sees it. */
   readonly address: number;
-  /** Offset in {@linkcode GuestMemory.mapping}. */
+  /** Offset in the views. */
   readonly offset: number;
   /** Size in bytes. */
   readonly length: number;
 }
 
-/** Memory of a guest. All views alias it: what is read can change at any time, so read each value once. */
-export class GuestMemory implements Disposable {
-  /** The file, shared with whoever maps it too, such as vhost. */
-  readonly fd: Fd;
-  /** Where it is in this process, without the hole. */
-  readonly mapping: Mapping;
+/**
+ * Memory of a guest. All views alias it: what is read can change at any time, so read each value once. Take a view anew
+ * after each wait, as it may have moved.
+ */
+export abstract class GuestMemory implements Disposable {
+  /** Size in bytes. */
+  readonly length: number;
   /** Its parts, by address. */
   readonly regions: readonly GuestMemoryRegion[];
   /** All bytes, by offset. */
-  readonly bytes: Uint8Array<ArrayBuffer>;
+  abstract readonly bytes: Uint8Array<ArrayBuffer>;
   /** All bytes, by offset. */
-  readonly view: DataView<ArrayBuffer>;
+  abstract readonly view: DataView<ArrayBuffer>;
   /** All 16-bit words, by offset divided by 2. */
-  readonly words: Uint16Array<ArrayBuffer>;
+  abstract readonly words: Uint16Array<ArrayBuffer>;
+  /** Where its first byte is in this process, for system calls. */
+  abstract readonly address: number;
   readonly #low: number;
   readonly #high: number;
 
   /**
-   * Makes zeroed memory. Pages take room in the host when they are touched.
+   * Lays it out around the hole under 4 GiB.
    *
    * @param length Size in bytes, a multiple of 4096
    */
   constructor(length: number) {
-    this.fd = Fd.memory("guest-memory", length);
-    try {
-      this.mapping = new Mapping(length, { fd: this.fd });
-    } catch (error) {
-      this.fd[Symbol.dispose]();
-      throw error;
-    }
+    this.length = length;
     this.#low = Math.min(length, MEMORY_HOLE_START);
     this.#high = length - this.#low;
     this.regions = [
       { address: 0, offset: 0, length: this.#low },
       ...(this.#high > 0 ? [{ address: MEMORY_HOLE_END, offset: this.#low, length: this.#high }] : []),
     ];
-    this.bytes = new Uint8Array(this.mapping.buffer);
-    this.view = new DataView(this.mapping.buffer);
-    this.words = new Uint16Array(this.mapping.buffer);
   }
 
-  /** Size in bytes. */
-  get length(): number {
-    return this.#low + this.#high;
-  }
+  /**
+   * Is told of what a device wrote to a buffer of the guest, where that must be known.
+   *
+   * @param offset Where
+   * @param length How many bytes
+   */
+  noteWrite?(offset: number, length: number): void;
+
+  /**
+   * Gives whole pages back to the host: they read as zeroes afterwards.
+   *
+   * @param offset Where
+   * @param length How many bytes
+   */
+  abstract discard(offset: number, length: number): void;
+
+  /** Gives it back. No machine may use it any more. */
+  abstract [Symbol.dispose](): void;
 
   /**
    * Finds where a range is in the views.
@@ -97,21 +103,5 @@ export class GuestMemory implements Disposable {
       }
     }
     throw new GuestMemoryError(address, length);
-  }
-
-  /**
-   * Finds where an offset is in this process, for system calls.
-   *
-   * @param offset Offset in the views
-   * @returns The address
-   */
-  hostAddress(offset: number): bigint {
-    return this.mapping.address + BigInt(offset);
-  }
-
-  /** Gives it back. No machine may use it any more. */
-  [Symbol.dispose](): void {
-    this.mapping[Symbol.dispose]();
-    this.fd[Symbol.dispose]();
   }
 }

@@ -53,7 +53,8 @@ const VHOST_PATH = "/dev/vhost-net";
 const RING_FEATURES = VIRTIO_F_VERSION_1 | VIRTIO_F_INDIRECT_DESC | VIRTIO_F_EVENT_IDX;
 /** Where the header says how many buffers a packet takes. */
 const NUM_BUFFERS = 10;
-const ETHERNET_HEADER_SIZE = 14;
+/** Size of the header of a frame. */
+export const ETHERNET_HEADER_SIZE = 14;
 /** Largest packet with its headers: the largest IP packet behind an Ethernet header with two VLAN tags. */
 const MAX_PACKET = NET_HEADER_SIZE + ETHERNET_HEADER_SIZE + 8 + 65_535;
 /** `UIO_MAXIOV` (Linux 6.1 `include/uapi/linux/uio.h`). */
@@ -80,7 +81,8 @@ export interface NetBackend extends Disposable {
   readCounters(): InterfaceCounters;
 }
 
-type Limiter = Pick<RateLimiter, "consume">;
+/** Limits bytes and packets. */
+export type Limiter = Pick<RateLimiter, "consume">;
 
 /** How a network device is made. */
 export interface NetDeviceOptions {
@@ -109,7 +111,7 @@ export class NetDevice implements VirtioDevice {
   /** Sizes of its queues. */
   readonly queueSizes: readonly number[] = [256, 256];
   /** Ethernet address, state of the link, MTU. */
-  readonly config: Uint8Array<ArrayBuffer> = new Uint8Array(CONFIG.size);
+  readonly config: Uint8Array<ArrayBuffer>;
   readonly #options: NetDeviceOptions;
   readonly #limiters: { receive?: Limiter; transmit?: Limiter };
   readonly #vhost: Vhost | undefined;
@@ -152,10 +154,7 @@ export class NetDevice implements VirtioDevice {
     // Offloads are the tap's; only how buffers are used is vhost's.
     if (this.#vhost) features &= this.#vhost.features | ~NET_FEATURE.MRG_RXBUF;
     this.features = features;
-    this.config.set(options.mac.split(":").map((byte) => parseInt(byte, 16)), CONFIG.mac);
-    const view = new DataView(this.config.buffer);
-    view.setUint16(CONFIG.status, STATUS_LINK_UP, true);
-    view.setUint16(CONFIG.mtu, options.mtu ?? 0, true);
+    this.config = netConfiguration(options);
   }
 
   /**
@@ -200,7 +199,7 @@ export class NetDevice implements VirtioDevice {
   activate(context: DeviceContext): void {
     const { backend, watcher } = this.#options;
     this.#context = context;
-    this.#memoryAddress = Number(context.memory.mapping.address);
+    this.#memoryAddress = context.memory.address;
     try {
       backend.setOffload(offloadOf(context.features));
       watcher.watch(this.#event, () => this.#onEvent());
@@ -472,16 +471,45 @@ export class NetDevice implements VirtioDevice {
   }
 }
 
-/** Takes the next buffer; where there is none, asks to be notified of one. */
-function popOrWait(queue: Virtqueue): DescriptorChain | undefined {
+/**
+ * Lays out the configuration of a device whose link is up.
+ *
+ * @param options Ethernet address of the guest's NIC, and MTU if the guest is to know one
+ * @returns Ethernet address, state of the link, MTU
+ */
+export function netConfiguration(
+  { mac, mtu = 0 }: Pick<NetDeviceOptions, "mac" | "mtu">,
+): Uint8Array<ArrayBuffer> {
+  const config = new Uint8Array(CONFIG.size);
+  config.set(mac.split(":").map((byte) => parseInt(byte, 16)), CONFIG.mac);
+  const view = new DataView(config.buffer);
+  view.setUint16(CONFIG.status, STATUS_LINK_UP, true);
+  view.setUint16(CONFIG.mtu, mtu, true);
+  return config;
+}
+
+/**
+ * Takes the next buffer; where there is none, asks to be notified of one.
+ *
+ * @param queue The queue
+ * @returns The buffer, or undefined where there is none
+ */
+export function popOrWait(queue: Virtqueue): DescriptorChain | undefined {
   const chain = queue.pop();
   if (chain) return chain;
   queue.setNotification(true);
   return queue.pop();
 }
 
-/** How many bytes a buffer takes. One without room for a header would never take a packet. */
-function roomOf(queue: Virtqueue, { writable }: DescriptorChain): number {
+/**
+ * Tells how many bytes a buffer for packets takes.
+ *
+ * @param queue Its queue
+ * @param chain The buffer
+ * @returns Room for header and frame, in bytes
+ * @throws {VirtqueueError} If it has no room for a header: it would never take a packet
+ */
+export function roomOf(queue: Virtqueue, { writable }: DescriptorChain): number {
   const room = totalLength(writable);
   if (room < NET_HEADER_SIZE || writable.length >= MAX_VECTORS) {
     throw new VirtqueueError(

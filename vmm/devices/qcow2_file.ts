@@ -1318,7 +1318,7 @@ export function openBlockFile(path: string, options: OpenBlockFileOptions): Bloc
     backingDepth = MAX_BACKING_DEPTH,
   } = options;
   const common = {
-    memory: { address: Number(memory.mapping.address), bytes: memory.bytes },
+    memory: memory,
     isReadOnly,
     isDirect,
     isLocked,

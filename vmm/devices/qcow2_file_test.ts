@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { deflateRawSync } from "node:zlib";
 import { emptyQcow2 } from "../images/qcow2.ts";
 import { type BlockFile, RawFile } from "./block_file.ts";
-import { GuestMemory } from "./guest_memory.ts";
+import { SharedMemory } from "./shared_memory.ts";
 import { openBlockFile, type OpenBlockFileOptions, parseQcow2Header } from "./qcow2_file.ts";
 import { seededRandom } from "./test_driver.ts";
 import type { Segment } from "./virtqueue.ts";
@@ -22,12 +22,12 @@ const needsQemuImg = hasQemuImg ? "" : " (ignored as qemu-img is not installed)"
 
 interface Folder extends Disposable {
   path(name: string): string;
-  memory: GuestMemory;
+  memory: SharedMemory;
 }
 
 function folder(): Folder {
   const path = Deno.makeTempDirSync({ prefix: "hypertopia-qcow2-" });
-  const memory = new GuestMemory(8 * 2 ** 20);
+  const memory = new SharedMemory(8 * 2 ** 20);
   return {
     path: (name) => `${path}/${name}`,
     memory,
@@ -175,11 +175,11 @@ function scatter(random: Random, length: number): Segment[] {
 
 /** A disk, and what its content should be. */
 class Model {
-  readonly memory: GuestMemory;
+  readonly memory: SharedMemory;
   readonly random: Random;
   bytes: Uint8Array;
 
-  constructor(memory: GuestMemory, random: Random, bytes: Uint8Array) {
+  constructor(memory: SharedMemory, random: Random, bytes: Uint8Array) {
     this.memory = memory;
     this.random = random;
     this.bytes = bytes;

@@ -6,7 +6,7 @@
  */
 
 import { Fd } from "../../ffi/mod.ts";
-import { GuestMemory } from "./guest_memory.ts";
+import { SharedMemory } from "./shared_memory.ts";
 import type { DeviceContext, VirtioDevice } from "./virtio_device.ts";
 import { VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1, Virtqueue } from "./virtqueue.ts";
 
@@ -50,7 +50,7 @@ export interface UsedBuffer {
 /** Hands out memory of a guest, in order; nothing is given back. */
 export class Arena {
   /** Memory of the guest. */
-  readonly memory: GuestMemory;
+  readonly memory: SharedMemory;
   /** Guest address of what is handed out next. */
   next: number;
 
@@ -60,7 +60,7 @@ export class Arena {
    * @param memory Memory of the guest
    * @param start The first guest address
    */
-  constructor(memory: GuestMemory, start = 0) {
+  constructor(memory: SharedMemory, start = 0) {
     this.memory = memory;
     this.next = start;
   }
@@ -286,7 +286,7 @@ export class TestDriver {
 /** How a guest is made. */
 export interface TestGuestOptions {
   /** Its memory, which stays the caller's; 4 MiB of its own unless given. */
-  readonly memory?: GuestMemory;
+  readonly memory?: SharedMemory;
   /** Features of rings that the driver takes; all unless told. */
   readonly ringFeatures?: bigint;
   /** Features of the device that the driver takes; all that it offers unless told. */
@@ -296,7 +296,7 @@ export interface TestGuestOptions {
 /** A guest with one device: what the transport and the driver do, without either. */
 export class TestGuest implements DeviceContext, Disposable {
   /** Memory of the guest. */
-  readonly memory: GuestMemory;
+  readonly memory: SharedMemory;
   /** Where buffers come from. */
   readonly arena: Arena;
   /** The device. */
@@ -326,7 +326,7 @@ export class TestGuest implements DeviceContext, Disposable {
    */
   constructor(device: VirtioDevice, options: TestGuestOptions = {}) {
     this.#ownsMemory = options.memory === undefined;
-    this.memory = options.memory ?? new GuestMemory(4 * 2 ** 20);
+    this.memory = options.memory ?? new SharedMemory(4 * 2 ** 20);
     this.arena = new Arena(this.memory, 4096);
     this.device = device;
     const rings = options.ringFeatures ?? (VIRTIO_F_INDIRECT_DESC | VIRTIO_F_EVENT_IDX);

@@ -104,6 +104,17 @@ export interface VirtioDevice extends Disposable {
   notify(queue: Virtqueue): void;
   /** Forgets the guest. No queue may be touched afterwards, also not by work that is under way. */
   reset(): void;
+  /**
+   * Saves what the guest has made of it beyond what its queues and configuration hold, as JSON; nothing unless told. Nothing
+   * is under way.
+   */
+  save?(): unknown;
+  /**
+   * Takes back what was saved, after it was activated again.
+   *
+   * @param state What {@linkcode VirtioDevice.save} gave
+   */
+  restore?(state: unknown): void;
   /** Whether work is under way that must end before the guest's memory is a consistent whole. */
   readonly isBusy?: boolean;
 }

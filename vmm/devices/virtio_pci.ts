@@ -11,7 +11,7 @@ import { VIRTIO_DEVICE, type VirtioDevice, type Watcher } from "./virtio_device.
 import { VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1, Virtqueue } from "./virtqueue.ts";
 
 /** Where the parts of a function's memory are. The first three pages are read without an exit. */
-const PART = {
+export const PART = {
   common: 0x0000,
   device: 0x1000,
   msixTable: 0x2000,
@@ -19,6 +19,8 @@ const PART = {
   pendingBits: 0x3400,
   notify: 0x3800,
 } as const;
+/** Where they are among the ports of a function that has an interrupt line. */
+export const PORT_PART = { common: 0x00, isr: 0x40, device: 0x80, notify: 0x200, size: 0x400 } as const;
 const PAGE = 0x1000;
 const NOTIFY_MULTIPLIER = 4;
 /** As many as fit between {@linkcode PART}'s notify and the end. */
@@ -83,6 +85,24 @@ const CLASS_CODES: Readonly<Record<number, number>> = {
 export interface VirtioPciHost {
   /** Memory of the guest. */
   readonly memory: GuestMemory;
+  /** How the guest is interrupted, and how its notifications come. */
+  readonly signals: MessageSignals | LineSignals;
+  /** Is told of what a guest did that devices do not allow. */
+  onFault?(message: string): void;
+}
+
+/** An interrupt line instead of messages: notifications are plain writes, and the function's parts are ports. */
+export interface LineSignals {
+  /**
+   * Sets the function's interrupt line.
+   *
+   * @param isHigh Whether it asks for service
+   */
+  setLine(isHigh: boolean): void;
+}
+
+/** Interrupts by messages (MSI-X), and notifications by eventfds. */
+export interface MessageSignals {
   /** Watches the notifications of queues. */
   readonly watcher: Watcher;
   /**
@@ -114,8 +134,30 @@ export interface VirtioPciHost {
     event: Fd,
     target: { readonly address: number; readonly length: number; readonly isRemoved?: boolean },
   ): void;
-  /** Is told of what a guest did that devices do not allow. */
-  onFault?(message: string): void;
+}
+
+/** What a guest has made of a function, as JSON. */
+export interface VirtioPciState {
+  /** Its status. */
+  readonly status: number;
+  /** Negotiated features, as decimal digits. */
+  readonly accepted: string;
+  /** What its interrupt was for. */
+  readonly isr: number;
+  /** The device's configuration. */
+  readonly configuration: readonly number[];
+  /** The common configuration. */
+  readonly common: readonly number[];
+  /** Its queues. */
+  readonly queues: readonly {
+    readonly isReady: boolean;
+    readonly size: number;
+    readonly descriptorTable: number;
+    readonly availableRing: number;
+    readonly usedRing: number;
+  }[];
+  /** What the device says. */
+  readonly device: unknown;
 }
 
 interface Vector {
@@ -139,6 +181,8 @@ export class VirtioPciFunction implements PciFunction, Disposable {
   /** The device. */
   readonly device: VirtioDevice;
   readonly #host: VirtioPciHost;
+  readonly #messages: MessageSignals | undefined;
+  readonly #line: LineSignals | undefined;
   readonly #name: string;
   readonly #offered: bigint;
   readonly #queues: Virtqueue[];
@@ -171,6 +215,8 @@ export class VirtioPciFunction implements PciFunction, Disposable {
   ) {
     this.device = device;
     this.#host = host;
+    if ("setLine" in host.signals) this.#line = host.signals;
+    else this.#messages = host.signals;
     this.#name = options.name;
     const count = device.queueSizes.length;
     if (count > MAX_QUEUES) throw new RangeError(`Cannot give "${options.name}" ${count} queues`);
@@ -184,8 +230,8 @@ export class VirtioPciFunction implements PciFunction, Disposable {
     this.#queues = device.queueSizes.map((size, index) => new Virtqueue(host.memory, index, size));
     this.#notifyEvents = this.#queues.map(() => undefined);
     this.#queueVectors = new Uint16Array(count).fill(NO_VECTOR);
-    const vectors = options.vectors ?? count + 1;
-    const first = host.allocateInterrupts(vectors);
+    const vectors = this.#messages ? options.vectors ?? count + 1 : 0;
+    const first = this.#messages?.allocateInterrupts(vectors) ?? 0;
     for (let index = 0; index < vectors; index++) {
       this.#vectors.push({ gsi: first + index, event: Fd.event(), isLive: false, message: "" });
     }
@@ -194,15 +240,18 @@ export class VirtioPciFunction implements PciFunction, Disposable {
     const window = new Uint8Array(20);
     window[WINDOW.bar] = 0xff;
     window.fill(0xff, WINDOW.offset);
+    const part = this.#line ? PORT_PART : PART;
     const parts: [capability: Uint8Array, mask?: Uint8Array][] = [
-      [msixCapability(vectors), msixMask],
-      [virtioCapability(1, PART.common, COMMON.size)],
-      [virtioCapability(2, PART.notify, Math.max(1, count) * NOTIFY_MULTIPLIER, NOTIFY_MULTIPLIER)],
-      [virtioCapability(3, PART.isr, 1)],
-      [virtioCapability(5, 0, 0, 0), window],
+      [virtioCapability(1, part.common, COMMON.size)],
+      [virtioCapability(2, part.notify, Math.max(1, count) * NOTIFY_MULTIPLIER, NOTIFY_MULTIPLIER)],
+      [virtioCapability(3, part.isr, 1)],
     ];
+    if (this.#messages) {
+      parts.unshift([msixCapability(vectors), msixMask]);
+      parts.push([virtioCapability(5, 0, 0, 0), window]);
+    }
     // Drivers refuse a configuration of no bytes.
-    if (device.config.length > 0) parts.push([virtioCapability(4, PART.device, device.config.length)]);
+    if (device.config.length > 0) parts.push([virtioCapability(4, part.device, device.config.length)]);
     this.capabilities = parts.map(([capability]) => capability);
     this.capabilityMasks = parts.map(([, mask]) => mask);
   }
@@ -275,6 +324,7 @@ export class VirtioPciFunction implements PciFunction, Disposable {
     if (offset === PART.isr) {
       data[0] = this.#isr;
       this.#isr = 0;
+      this.#line?.setLine(false);
     } else if (offset >= PART.pendingBits && offset < PART.notify) {
       for (let index = 0; index < data.length * 8; index++) {
         const vector = this.#vectors[(offset - PART.pendingBits) * 8 + index];
@@ -304,6 +354,61 @@ export class VirtioPciFunction implements PciFunction, Disposable {
     if (this.#address !== undefined) this.#setIoEvents(this.#address, true);
     this.#address = address;
     if (address !== undefined) this.#setIoEvents(address, false);
+  }
+
+  /**
+   * Saves what the guest has made of it. Nothing may be under way.
+   *
+   * @returns What {@linkcode VirtioPciFunction.restore} takes
+   */
+  save(): VirtioPciState {
+    const { memory } = this.#slot;
+    return {
+      status: this.#status,
+      accepted: String(this.#accepted),
+      isr: this.#isr,
+      configuration: [...this.device.config],
+      common: [...new Uint8Array(memory.buffer, memory.byteOffset, COMMON.size)],
+      queues: this.#queues.map((queue) => ({
+        isReady: queue.isReady,
+        size: queue.size,
+        descriptorTable: queue.descriptorTable,
+        availableRing: queue.availableRing,
+        usedRing: queue.usedRing,
+      })),
+      device: this.device.save?.(),
+    };
+  }
+
+  /**
+   * Makes it be what it was for a guest whose memory has been restored. It must have an interrupt line.
+   *
+   * @param state What was saved of a function with the same device
+   */
+  restore(state: VirtioPciState): void {
+    this.#deactivate();
+    const { memory } = this.#slot;
+    new Uint8Array(memory.buffer, memory.byteOffset, COMMON.size).set(state.common);
+    this.#status = state.status;
+    this.#accepted = BigInt(state.accepted);
+    this.#isr = state.isr;
+    state.queues.forEach(({ isReady, ...registers }, index) => {
+      const queue = this.#queues[index]!;
+      Object.assign(queue, registers);
+      queue.isReady = isReady;
+      if (isReady) queue.resume(this.#accepted);
+    });
+    if (this.#isr !== 0) this.#line?.setLine(true);
+    this.#showConfig();
+    if ((this.#status & STATUS.driverOk) === 0) return;
+    this.#activate();
+    this.device.restore?.(state.device);
+    for (const queue of this.#queues) if (queue.isReady) this.#notify(queue);
+  }
+
+  /** Resets it, as its driver does. */
+  reset(): void {
+    this.#reset();
   }
 
   /** Takes the device off the bus; the device itself stays, reset. The machine must be gone. */
@@ -400,26 +505,18 @@ export class VirtioPciFunction implements PciFunction, Disposable {
 
   #activate(): void {
     this.#isActive = true;
-    const { memory, watcher } = this.#host;
-    for (const queue of this.#queues) {
-      if (!queue.isReady) continue;
-      const event = Fd.event();
-      this.#notifyEvents[queue.index] = event;
-      watcher.watch(event, () => {
-        event.drain();
-        this.#notify(queue);
-      });
-    }
+    this.#watchQueues();
     if (this.#address !== undefined) this.#setIoEvents(this.#address, false);
     try {
       this.device.activate({
-        memory,
+        memory: this.#host.memory,
         features: this.#accepted,
         queues: this.#queues,
         interrupt: (queue) => {
           if (!this.#isActive || !queue.needsInterrupt()) return;
           this.#isr |= 1;
-          this.interruptEvent(queue)?.signal();
+          if (this.#line) this.#line.setLine(true);
+          else this.interruptEvent(queue)?.signal();
         },
         configChanged: () => {
           this.#showConfig();
@@ -427,8 +524,9 @@ export class VirtioPciFunction implements PciFunction, Disposable {
         },
         fail: (error) => this.#fail(error),
         takeNotifyEvent: (queue) => {
-          const event = this.#notifyEvents[queue.index]!;
-          watcher.unwatch(event);
+          const event = this.#notifyEvents[queue.index];
+          if (!event) throw new Error(`Cannot serve queue ${queue.index} elsewhere as it has no eventfd`);
+          this.#messages?.watcher.unwatch(event);
           this.#taken.add(queue.index);
           return event;
         },
@@ -447,6 +545,19 @@ export class VirtioPciFunction implements PciFunction, Disposable {
    */
   interruptEvent(queue: Virtqueue): Fd | undefined {
     return this.#vectors[this.#queueVectors[queue.index]!]?.event;
+  }
+
+  #watchQueues(): void {
+    if (!this.#messages) return;
+    for (const queue of this.#queues) {
+      if (!queue.isReady) continue;
+      const event = Fd.event();
+      this.#notifyEvents[queue.index] = event;
+      this.#messages.watcher.watch(event, () => {
+        event.drain();
+        this.#notify(queue);
+      });
+    }
   }
 
   #notify(queue: Virtqueue): void {
@@ -469,7 +580,8 @@ export class VirtioPciFunction implements PciFunction, Disposable {
     const { memory } = this.#slot;
     memory.setUint8(COMMON.generation, memory.getUint8(COMMON.generation) + 1 & 0xff);
     this.#isr |= 2;
-    this.#vectors[this.#configVector]?.event.signal();
+    if (this.#line) this.#line.setLine(true);
+    else this.#vectors[this.#configVector]?.event.signal();
   }
 
   #deactivate(): void {
@@ -479,7 +591,7 @@ export class VirtioPciFunction implements PciFunction, Disposable {
     if (this.#address !== undefined) this.#setIoEvents(this.#address, true);
     this.#notifyEvents.forEach((event, index) => {
       if (!event) return;
-      if (!this.#taken.has(index)) this.#host.watcher.unwatch(event);
+      if (!this.#taken.has(index)) this.#messages?.watcher.unwatch(event);
       event[Symbol.dispose]();
       this.#notifyEvents[index] = undefined;
     });
@@ -502,6 +614,7 @@ export class VirtioPciFunction implements PciFunction, Disposable {
       this.#configVector = NO_VECTOR;
       this.#accepted = 0n;
       this.#isr = 0;
+      this.#line?.setLine(false);
       this.#writeCommon();
       this.#showConfig();
       this.#setStatus(0);
@@ -513,7 +626,7 @@ export class VirtioPciFunction implements PciFunction, Disposable {
     this.#notifyEvents.forEach((event, index) => {
       if (!event) return;
       const target = { address: address + PART.notify + NOTIFY_MULTIPLIER * index, length: 0, isRemoved };
-      this.#host.setIoEvent(event, target);
+      this.#messages?.setIoEvent(event, target);
     });
   }
 
@@ -566,10 +679,10 @@ export class VirtioPciFunction implements PciFunction, Disposable {
     const text = Object.values(message).join();
     if (isMasked ? !vector.isLive : vector.isLive && vector.message === text) return;
     // While nothing takes it, the eventfd keeps what it counts: that is the pending bit.
-    if (vector.isLive) this.#host.setMessage(vector.gsi, vector.event, undefined);
+    if (vector.isLive) this.#messages?.setMessage(vector.gsi, vector.event, undefined);
     vector.isLive = !isMasked;
     vector.message = text;
-    if (!isMasked) this.#host.setMessage(vector.gsi, vector.event, message);
+    if (!isMasked) this.#messages?.setMessage(vector.gsi, vector.event, message);
   }
 
   /**

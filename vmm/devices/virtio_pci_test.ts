@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import type { Fd } from "../../ffi/mod.ts";
 import { EventLoop } from "../event_loop.ts";
-import { GuestMemory } from "./guest_memory.ts";
+import { SharedMemory } from "./shared_memory.ts";
 import { ECAM, FUNCTION_MEMORY, HostBridge, PCI_WINDOW, PciBus } from "./pci_bus.ts";
 import type { DeviceContext, VirtioDevice } from "./virtio_device.ts";
 import { STATUS, VirtioPciFunction } from "./virtio_pci.ts";
@@ -43,7 +43,7 @@ class FakeDevice implements VirtioDevice {
 
 /** A bus with one device, and the guest's side of it. */
 class Bench implements Disposable {
-  readonly memory = new GuestMemory(1 << 20);
+  readonly memory = new SharedMemory(1 << 20);
   readonly loop = new EventLoop();
   readonly device = new FakeDevice();
   readonly slots = new Map<number, { address: number; length: number }>();
@@ -56,17 +56,19 @@ class Bench implements Disposable {
   constructor() {
     this.function = new VirtioPciFunction(this.device, {
       memory: this.memory,
-      watcher: this.loop,
-      allocateInterrupts: () => 24,
-      setMessage: (gsi, event, message) => {
-        assert.equal(this.messages.has(gsi), message === undefined, "live and not live take turns");
-        if (message) this.messages.set(gsi, { event, data: message.data });
-        else this.messages.delete(gsi);
-      },
-      setIoEvent: (event, { address, isRemoved }) => {
-        assert.equal(this.ioEvents.has(address), isRemoved === true);
-        if (isRemoved) this.ioEvents.delete(address);
-        else this.ioEvents.set(address, event);
+      signals: {
+        watcher: this.loop,
+        allocateInterrupts: () => 24,
+        setMessage: (gsi, event, message) => {
+          assert.equal(this.messages.has(gsi), message === undefined, "live and not live take turns");
+          if (message) this.messages.set(gsi, { event, data: message.data });
+          else this.messages.delete(gsi);
+        },
+        setIoEvent: (event, { address, isRemoved }) => {
+          assert.equal(this.ioEvents.has(address), isRemoved === true);
+          if (isRemoved) this.ioEvents.delete(address);
+          else this.ioEvents.set(address, event);
+        },
       },
       onFault: (message) => this.faults.push(message),
     }, { name: "fake" });

@@ -83,6 +83,8 @@ export class Virtqueue {
   /** Guest address of the used ring. */
   usedRing = 0;
   readonly #memory: GuestMemory;
+  /** What buffers that are not given back yet have to write, where the memory must know. */
+  readonly #written = new Map<number, readonly Segment[]>();
   #hasEventIndex = false;
   #hasIndirect = false;
   // Offsets in memory: they may not fit in 32 bits with a sign, so nothing shifts them.
@@ -141,8 +143,22 @@ export class Virtqueue {
     this.#isNotificationWanted = true;
   }
 
+  /**
+   * Goes on with rings that were saved with the guest's memory when every buffer that was taken had been given back.
+   *
+   * @param features Negotiated features
+   * @throws {VirtqueueError} If a ring has an impossible size or alignment
+   * @throws {GuestMemoryError} If a ring is not in memory
+   */
+  resume(features: bigint): void {
+    this.start(features);
+    const index = Atomics.load(this.#memory.words, (this.#used + 2) / 2);
+    this.#nextAvailable = this.#nextUsed = this.#signalledUsed = index;
+  }
+
   /** Forgets all, as a reset of the device wants it. */
   reset(): void {
+    this.#written.clear();
     this.isReady = false;
     this.size = this.maxSize;
     this.descriptorTable = this.availableRing = this.usedRing = 0;
@@ -163,6 +179,7 @@ export class Virtqueue {
     const head = this.#memory.view.getUint16(this.#available + 4 + 2 * slot, true);
     if (head >= this.size) throw new VirtqueueError(`queue ${this.index} offers descriptor ${head}`);
     const chain = this.#readChain(head);
+    if (this.#memory.noteWrite && chain.writable.length > 0) this.#written.set(head, chain.writable);
     this.#nextAvailable = (this.#nextAvailable + 1) & 0xffff;
     return chain;
   }
@@ -190,6 +207,10 @@ export class Virtqueue {
   pushAll(used: readonly { readonly head: number; readonly written: number }[]): void {
     const { view, words } = this.#memory;
     for (const { head, written } of used) {
+      for (const { offset, length } of this.#written.get(head) ?? []) {
+        this.#memory.noteWrite?.(offset, length);
+      }
+      this.#written.delete(head);
       const slot = this.#nextUsed & (this.size - 1);
       view.setUint32(this.#used + 4 + 8 * slot, head, true);
       view.setUint32(this.#used + 8 + 8 * slot, written, true);

@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
-import { GuestMemory, GuestMemoryError } from "./guest_memory.ts";
+import { GuestMemoryError } from "./guest_memory.ts";
+import { SharedMemory } from "./shared_memory.ts";
 import { Arena, DESC_F, seededRandom, TestDriver } from "./test_driver.ts";
 import {
   MAX_CHAIN,
@@ -13,14 +14,14 @@ import {
 const MEMORY = 1 << 20;
 
 interface Bench extends Disposable {
-  memory: GuestMemory;
+  memory: SharedMemory;
   arena: Arena;
   queue: Virtqueue;
   driver: TestDriver;
 }
 
 function bench(size = 8, features = 0n): Bench {
-  const memory = new GuestMemory(MEMORY);
+  const memory = new SharedMemory(MEMORY);
   const arena = new Arena(memory, 4096);
   const queue = new Virtqueue(memory, 0, size);
   const driver = new TestDriver(arena, queue, { features });
@@ -54,7 +55,7 @@ Deno.test("Virtqueue takes buffers in order and gives them back in any", () => {
 Deno.test("Virtqueue has its rings anywhere in memory of more than 2 GiB", () => {
   const start = 2 ** 31;
   for (const features of [0n, VIRTIO_F_EVENT_IDX]) {
-    using memory = new GuestMemory(start + MEMORY);
+    using memory = new SharedMemory(start + MEMORY);
     const queue = new Virtqueue(memory, 0, 8);
     queue.descriptorTable = start;
     queue.availableRing = start + 0x1000;
@@ -175,7 +176,7 @@ Deno.test("Virtqueue refuses indirect tables that were not negotiated", () => {
 });
 
 Deno.test("Virtqueue refuses rings that cannot be", () => {
-  using memory = new GuestMemory(MEMORY);
+  using memory = new SharedMemory(MEMORY);
   const start = (changes: Partial<Virtqueue>) => {
     const queue = new Virtqueue(memory, 0, 256);
     queue.usedRing = 8192;

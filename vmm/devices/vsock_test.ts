@@ -2,7 +2,8 @@ import assert from "node:assert/strict";
 import { Buffer } from "node:buffer";
 import { Fd, libc } from "../../ffi/mod.ts";
 import { EventLoop } from "../event_loop.ts";
-import { GuestMemory, GuestMemoryError } from "./guest_memory.ts";
+import { GuestMemoryError } from "./guest_memory.ts";
+import { SharedMemory } from "./shared_memory.ts";
 import { DESC_F, type DriverSegment, seededRandom, TestGuest } from "./test_driver.ts";
 import type { VirtioDevice } from "./virtio_device.ts";
 import { VirtqueueError } from "./virtqueue.ts";
@@ -55,7 +56,7 @@ class Driver {
   readonly #buffers = new Map<number, DriverSegment[]>();
   readonly #scratch: DriverSegment;
 
-  constructor(device: VirtioDevice, memory: GuestMemory) {
+  constructor(device: VirtioDevice, memory: SharedMemory) {
     this.guest = new TestGuest(device, { memory });
     this.#scratch = { address: this.guest.arena.take(1 << 20), length: 1 << 20 };
   }
@@ -129,7 +130,7 @@ class Bench implements Disposable {
   readonly path = `${this.directory}/v.sock`;
   readonly loop = new EventLoop();
   readonly device = new VsockDevice({ guestCid: GUEST_CID, path: this.path, watcher: this.loop });
-  readonly #memory = new GuestMemory(16 << 20);
+  readonly #memory = new SharedMemory(16 << 20);
   readonly driver = new Driver(this.device, this.#memory);
   readonly guest = this.driver.guest;
 
@@ -901,7 +902,7 @@ Deno.test({
   ignore: !isThere,
   async fn() {
     using loop = new EventLoop();
-    using memory = new GuestMemory(4 << 20);
+    using memory = new SharedMemory(4 << 20);
     const device = new VhostVsockDevice({ guestCid: GUEST_CID, watcher: loop });
     const driver = new Driver(device, memory);
     using guest = driver.guest;

@@ -96,6 +96,37 @@ configure_network() {
   done </hypertopia/config/network
 }
 
+# personalize: up to here all machines of a kind are the same, and one may go on from what another one was. The
+# host sends archives, each after a line with its size, and 0 after the last.
+personalize() {
+  exec 3<>"/dev/$control"
+  stty raw -echo <&3
+  echo "hypertopia: template" >&3
+  while read -r size <&3; do
+    case $size in
+      0) break ;;
+      # Somebody who takes it for an agent.
+      '' | *[!0-9]*) continue ;;
+    esac
+    # Not head, which takes more than it gives.
+    dd bs="$size" count=1 iflag=fullblock <&3 >/run/personal.cpio 2>/dev/null
+    (cd / && cpio -idu </run/personal.cpio) 2>/dev/null
+    rm /run/personal.cpio
+  done
+  cat /hypertopia/personal/seed >/dev/urandom
+  /hypertopia/personal/reseed </dev/urandom || say "the random numbers of this machine are not its own"
+  read -r now </hypertopia/personal/clock
+  date -u -s "$now" >/dev/null
+  index=0
+  while read -r mac; do
+    [ -z "$mac" ] || ip link set dev "eth$index" address "$mac"
+    index=$((index + 1))
+  done </hypertopia/personal/macs
+  rm -r /hypertopia/personal
+  echo "hypertopia: personal" >&3
+  exec 3>&-
+}
+
 # start_agent SUBCOMMAND: in the final root, which is PID 1's own for as long as root is empty.
 start_agent() {
   # The second setsid, run by a leader, forks: nothing is waited for.
@@ -199,20 +230,26 @@ root=
 mkdir -p "$run/bin"
 cp /hypertopia/agent "$run/agent"
 cp /init "$run/init"
-cp -R /hypertopia/config "$run/config"
 
 load_modules
+
+control=hvc0
+console=
+template=
+read -r words </proc/cmdline
+for word in $words; do
+  case $word in
+    hypertopia.control=*) control=\${word#*=} ;;
+    hypertopia.template) template=yes ;;
+  esac
+done
+[ -z "$template" ] || personalize
+cp -R /hypertopia/config "$run/config"
 
 read -r name <"$run/config/hostname"
 hostname "$name"
 configure_network
 
-control=hvc0
-console=
-read -r words </proc/cmdline
-for word in $words; do
-  case $word in hypertopia.control=*) control=\${word#*=} ;; esac
-done
 if read -r words </sys/class/tty/console/active; then
   for word in $words; do
     [ "$word" = "$control" ] || console=$word

@@ -50,6 +50,7 @@ import { guestConfigFiles } from "../guest/config.ts";
 import type { BuildContext, BuiltImage, ImageBuilder, KernelBuilder } from "../images/builder.ts";
 import { cpioArchive } from "../images/cpio.ts";
 import { buildInitramfs } from "../images/initramfs.ts";
+import { unpackKernel } from "../images/kernel_image.ts";
 import { emptyQcow2 } from "../images/qcow2.ts";
 import { runTool, storeKey } from "../images/store.ts";
 import { machineFolder, type Paths } from "../paths.ts";
@@ -220,7 +221,7 @@ function disruption(
     if (!isWhole && /^disks\..*\.size$/.test(field)) return { class: "live", mechanism: "grow" };
     if (!isWhole && /\.forwards\b/.test(field)) return { class: "live", mechanism: "port forward" };
     if (isStopped) return { class: "none", mechanism: "from the next start" };
-    if (isWhole && recorded.outputs?.engine === "kvm") {
+    if (isWhole && recorded.outputs?.engine !== "qemu") {
       return { class: "reboot", mechanism: `restart with${had ? "out the" : " another"} device` };
     }
     if (isWhole) return { class: "hotplug", mechanism: had ? "PCIe unplug" : "PCIe plug" };
@@ -499,13 +500,14 @@ class Driver {
 
   async ensure(request: Request<VmNormalProps, VmOutputs>): Promise<VmOutputs> {
     const { props, id, address, stack } = request;
+    const engine = await this.#engine(props.engine, request);
+    const machine = engine.attach(id);
     const context: BuildContext = {
       cache: this.#options.paths.cache,
       signal: request.signal,
       report: request.report,
+      ...(engine.name === "emulated" ? { arch: "i386" } : {}),
     };
-    const engine = await this.#engine(props.engine, request);
-    const machine = engine.attach(id);
     const built = await this.#image(props, context);
     request.signal.throwIfAborted();
     const folder = machineFolder(this.#options.paths, id);
@@ -526,10 +528,11 @@ class Driver {
       id,
       stack,
       address,
+      hostname: props.hostname,
       cpus: props.cpus,
       memory: parseSize(props.memory),
       maxMemory: parseSize(props.maxMemory),
-      ...(built.kernel ? { kernel: built.kernel.kernel } : {}),
+      ...(built.kernel ? { kernel: await bootableKernel(engine, built.kernel.kernel, context) } : {}),
       initramfs,
       cmdline: [built.cmdline, hasAgent ? "quiet net.ifnames=0" : "", props.cmdline ?? ""].filter((each) =>
         each
@@ -629,6 +632,9 @@ class Driver {
       cpus: props.cpus,
       hasNics: Object.keys(props.nics ?? {}).length > 0,
       hasFirmware: !props.kernel && (builder?.needsFirmware?.(props.image) ?? false),
+      memory: parseSize(props.maxMemory),
+      is64Bit: props.image.arch === "amd64" || props.kernel?.arch === "amd64" ||
+        props.kernel?.type === "host",
     };
   }
 
@@ -734,6 +740,11 @@ class Driver {
     }
     return disks;
   }
+}
+
+/** The emulator gets its kernel unpacked: unpacking takes seconds there. */
+async function bootableKernel(engine: Engine, kernel: string, context: BuildContext): Promise<string> {
+  return engine.name === "emulated" ? await unpackKernel(kernel, context) : kernel;
 }
 
 /** A machine that was never started is on record all the same. */

@@ -4,18 +4,17 @@
  * @module
  */
 
-import { Fd, KVM_EXIT, libc, SysError } from "../../ffi/mod.ts";
+import { Fd, KVM_EXIT, SysError } from "../../ffi/mod.ts";
 import { ACPI_ADDRESS, acpiTables, POWER } from "../boot/acpi.ts";
-import { type BootFile, LINUX_LAYOUT, loadLinux } from "../boot/linux.ts";
+import { LINUX_LAYOUT, loadLinux, openBootFile } from "../boot/linux.ts";
 import { enterLongMode, enterProtectedMode, writeLongModeTables } from "../boot/long_mode.ts";
-import type { GuestMemory } from "../devices/guest_memory.ts";
 import { HostBridge, PciBus } from "../devices/pci_bus.ts";
 import { REAL_TIME_CLOCK, RealTimeClock } from "../devices/real_time_clock.ts";
 import { SERIAL, SerialPort } from "../devices/serial.ts";
-import type { VirtioDevice } from "../devices/virtio_device.ts";
 import { VirtioPciFunction } from "../devices/virtio_pci.ts";
 import { MachineError } from "../errors.ts";
 import type { EventLoop } from "../event_loop.ts";
+import type { EndReason, MachineParts, MachineVmm } from "../machine_host.ts";
 import { BOOT_MSRS, guestCpuid } from "./cpuid.ts";
 import type { IrqRoute, Kvm, Vcpu, Vm } from "./vm.ts";
 
@@ -34,53 +33,15 @@ const DELIVERY_NMI = 4 << 8;
 const SYSTEM_EVENT = { shutdown: 1, reset: 2, crash: 3 } as const;
 const SLEEP_ENABLE = 1 << 5;
 const KEYBOARD = { data: 0x60, command: 0x64 } as const;
-const FALLOC_PUNCH_HOLE_KEEP_SIZE = 3;
 /** How long a vCPU may take to come out of the guest, in milliseconds. */
 const STOP_TIMEOUT = 10_000;
 
-/** Why a machine ended. */
-export type EndReason =
-  | { readonly kind: "off" }
-  | { readonly kind: "reset" }
-  | { readonly kind: "killed" }
-  | { readonly kind: "crashed"; readonly detail: string };
-
-/** A virtio device with its place on the bus. */
-export interface VmmDevice {
-  /** Name for messages. */
-  readonly name: string;
-  /** The device. */
-  readonly device: VirtioDevice;
-  /** Vectors of MSI-X; one for each queue and one for the configuration unless told. */
-  readonly vectors?: number;
-}
-
-/** What a machine is made of. */
-export interface VmmOptions {
+/** What a machine is made of. Its vCPUs are 1 to 32. */
+export interface VmmOptions extends MachineParts {
   /** The device to run it. */
   readonly kvm: Kvm;
   /** Serves its exits; its turn must be run by the caller. */
   readonly loop: EventLoop;
-  /** Number of vCPUs, 1 to 32. */
-  readonly cpus: number;
-  /** Its memory. */
-  readonly memory: GuestMemory;
-  /** Path of the kernel. */
-  readonly kernel: string;
-  /** Paths of the parts of the initramfs. */
-  readonly initramfs: readonly string[];
-  /** Command line. */
-  readonly commandLine: string;
-  /** Devices, in the order of their places on the bus. */
-  readonly devices: readonly VmmDevice[];
-  /** Takes what the guest writes to its serial port; no port without it. */
-  readonly onSerial?: (byte: number) => void;
-  /** What a reset by the guest does. */
-  readonly onReset: "restart" | "end";
-  /** Called once when the machine has ended. */
-  readonly onEnd: (reason: EndReason) => void;
-  /** Is told of what a guest did that devices do not allow. */
-  readonly onFault?: (message: string) => void;
   /** A filter for system calls that each vCPU's thread lays on itself: address of a `struct sock_fprog`. */
   readonly threadFilter?: bigint;
 }
@@ -89,7 +50,7 @@ export interface VmmOptions {
 export type ExitCounts = Record<string, number>;
 
 /** A machine that is built and may run. */
-export class Vmm implements Disposable {
+export class Vmm implements MachineVmm {
   readonly #options: VmmOptions;
   readonly #counts = new Map<string, number>();
   readonly #clock = new RealTimeClock();
@@ -225,7 +186,8 @@ export class Vmm implements Disposable {
     const isRunning = this.#state === "running";
     this.#teardown();
     try {
-      eraseMemory(this.#options.memory);
+      const { memory } = this.#options;
+      memory.discard(0, memory.length);
       this.#hardware = this.#build();
     } catch (error) {
       const detail = `it could not restart: ${error instanceof Error ? error.message : error}`;
@@ -379,7 +341,7 @@ class Hardware implements Disposable {
     try {
       this.vm = this.#stack.use(kvm.createVm({ irqchip: true }));
       memory.regions.forEach(({ address, offset, length }, slot) =>
-        this.vm.setMemorySlot({ slot, address, length, hostAddress: memory.hostAddress(offset) })
+        this.vm.setMemorySlot({ slot, address, length, hostAddress: BigInt(memory.address + offset) })
       );
       this.button = this.#stack.use(Fd.event());
       const routes = new Map<number, IrqRoute>();
@@ -396,15 +358,17 @@ class Hardware implements Disposable {
         this.#stack.use(
           new VirtioPciFunction(device, {
             memory,
-            watcher: loop,
-            allocateInterrupts: (count) => (nextGsi += count) - count,
-            setMessage: (gsi, event, message) => {
-              if (!message) return this.vm.setIrqEvent(event, gsi, true);
-              routes.set(gsi, { gsi, ...message });
-              this.vm.setRoutes([...routes.values()]);
-              this.vm.setIrqEvent(event, gsi);
+            signals: {
+              watcher: loop,
+              allocateInterrupts: (count) => (nextGsi += count) - count,
+              setMessage: (gsi, event, message) => {
+                if (!message) return this.vm.setIrqEvent(event, gsi, true);
+                routes.set(gsi, { gsi, ...message });
+                this.vm.setRoutes([...routes.values()]);
+                this.vm.setIrqEvent(event, gsi);
+              },
+              setIoEvent: (event, target) => this.vm.setIoEvent(event, target),
             },
-            setIoEvent: (event, target) => this.vm.setIoEvent(event, target),
             ...(options.onFault ? { onFault: options.onFault } : {}),
           }, { name, ...(vectors === undefined ? {} : { vectors }) }),
         )
@@ -421,9 +385,9 @@ class Hardware implements Disposable {
       );
       using files = new DisposableStack();
       const entry = loadLinux(memory, {
-        kernel: files.use(openPart("kernel", options.kernel)),
+        kernel: files.use(openBootFile("kernel", options.kernel)),
         kernelName: options.kernel,
-        initramfs: options.initramfs.map((path) => files.use(openPart("initramfs", path))),
+        initramfs: options.initramfs.map((path) => files.use(openBootFile("initramfs", path))),
         commandLine: options.commandLine,
       });
       const tables = acpiTables({ cpus, hasSerial: this.serial !== undefined });
@@ -447,7 +411,7 @@ class Hardware implements Disposable {
       }
       const first = this.vcpus[0]!;
       if (entry.protocol === "linux64") {
-        writeLongModeTables(memory.mapping.buffer);
+        writeLongModeTables(memory.bytes.buffer);
         first.changeSystemRegisters(enterLongMode);
         first.setRegisters({
           rip: entry.address,
@@ -458,7 +422,13 @@ class Hardware implements Disposable {
         });
       } else {
         first.changeSystemRegisters(enterProtectedMode);
-        first.setRegisters({ rip: entry.address, rbx: LINUX_LAYOUT.startInfo, rflags: 2 });
+        first.setRegisters({
+          rip: entry.address,
+          ...(entry.protocol === "pvh"
+            ? { rbx: LINUX_LAYOUT.startInfo }
+            : { rsi: LINUX_LAYOUT.zeroPage, rsp: LINUX_LAYOUT.stack }),
+          rflags: 2,
+        });
       }
     } catch (error) {
       this[Symbol.dispose]();
@@ -491,35 +461,4 @@ function describeRegisters(vcpu: Vcpu): string {
   return (["rip", "rsp", "rflags", "rax", "rcx", "rdx"] as const).map((name) =>
     `${name} 0x${registers.get(name).toString(16)}`
   ).join(" ");
-}
-
-function openPart(what: string, path: string): BootFile & Disposable {
-  const fail = (cause: unknown): never => {
-    const reason = cause instanceof Error ? cause.message : String(cause);
-    throw new MachineError(`Cannot read the ${what} "${path}" as ${reason}: give a file that is there`, {
-      cause,
-    });
-  };
-  try {
-    const file = Deno.openSync(path);
-    return {
-      length: file.statSync().size,
-      read(offset, target) {
-        file.seekSync(offset, Deno.SeekMode.Start);
-        for (let at = 0; at < target.length;) {
-          const count = file.readSync(target.subarray(at)) ?? fail("it was cut short meanwhile");
-          at += count;
-        }
-      },
-      [Symbol.dispose]: () => file.close(),
-    };
-  } catch (cause) {
-    return fail(cause);
-  }
-}
-
-/** Gives all pages back to the host: they read as zeroes afterwards. */
-function eraseMemory(memory: GuestMemory): void {
-  const length = BigInt(memory.length);
-  if (libc().fallocate(memory.fd.number, FALLOC_PUNCH_HOLE_KEEP_SIZE, 0n, length) !== 0) memory.bytes.fill(0);
 }

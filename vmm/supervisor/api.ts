@@ -130,7 +130,7 @@ export interface Controller {
   /** Writes the metrics where the configuration says, if it does. */
   flushMetrics(): Promise<void>;
   /** All metrics, ready for JSON. */
-  metrics(): Readonly<Record<string, unknown>>;
+  metrics(): Readonly<Record<string, unknown>> | Promise<Readonly<Record<string, unknown>>>;
 }
 
 /** A request that has been read. */

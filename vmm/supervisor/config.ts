@@ -99,6 +99,18 @@ export interface NetworkInterfaceConfiguration {
   readonly txRateLimiter?: RateLimiterOptions;
   /** The network that its tap is made for and plugged into; the tap must be there already unless told. Ours. */
   readonly network?: BridgeSpec;
+  /** The network in user space that it joins instead of a tap. Ours, and for emulated machines. */
+  readonly userNetwork?: UserNetworkConfiguration;
+}
+
+/** How a NIC joins a network in user space. */
+export interface UserNetworkConfiguration {
+  /** Folder of the network's process. */
+  readonly folder: string;
+  /** IPv4 address of the guest. */
+  readonly ip: string;
+  /** Name of the guest. */
+  readonly hostname: string;
 }
 
 /** The vsock device. */
@@ -189,12 +201,26 @@ export interface ChannelsConfiguration {
   readonly errors: readonly string[];
 }
 
+/** How an emulated machine boots to where all of its kind are the same. */
+export interface WarmStart {
+  /** Path of the file with what one of its kind had booted to; none is used or written without it. */
+  readonly state?: string;
+  /** Digest of all that machines of its kind are made of. */
+  readonly key: string;
+  /** Path of the initramfs, without what tells one machine from another. */
+  readonly initramfs: string;
+  /** Path of the archive with what does. */
+  readonly config: string;
+}
+
 /** What Firecracker has no words for. */
 export interface HypertopiaConfiguration {
   /** Name of the machine, for people. */
   readonly name?: string;
   /** The console. */
   readonly console?: ConsoleConfiguration;
+  /** How it boots to where all of its kind are the same; emulated machines only. */
+  readonly warmStart?: WarmStart;
   /** The channels to the guest's agent. */
   readonly channels?: ChannelsConfiguration;
   /** Port forwards. */
@@ -730,6 +756,14 @@ export const networkInterfaceJson: Codec<NetworkInterfaceConfiguration> = object
       nat: required("nat", flag),
     }),
   )),
+  userNetwork: quiet(optional(
+    "user_network",
+    object<UserNetworkConfiguration>({
+      folder: required("folder", filePath),
+      ip: required("ip", ipv4),
+      hostname: required("hostname", name),
+    }),
+  )),
 });
 
 /** A change of a NIC. In each limiter an absent bucket stays, and one of size or refill time 0 is lifted. */
@@ -829,6 +863,15 @@ const hypertopiaJson = object<HypertopiaConfiguration>({
     object<ConsoleConfiguration>({
       socket: required("socket", socketPath),
       log: required("log", filePath),
+    }),
+  )),
+  warmStart: quiet(optional(
+    "warm_start",
+    object<WarmStart>({
+      state: optional("state", filePath),
+      key: required("key", name),
+      initramfs: required("initramfs", filePath),
+      config: required("config", filePath),
     }),
   )),
   channels: quiet(optional(

@@ -1,33 +1,21 @@
 /**
- * What a supervisor's API drives: one machine of KVM, from its configuration to its end.
+ * What a supervisor's API drives: one machine, from its configuration to its end.
  *
  * @module
  */
 
-import {
-  compileFilter,
-  filterSize,
-  Mapping,
-  PROT_READ,
-  Tap,
-  VCPU_THREAD_POLICY,
-  writeFilter,
-} from "../../ffi/mod.ts";
+import { dirname } from "node:path";
 import { BalloonDevice } from "../devices/balloon.ts";
 import { BlockDevice } from "../devices/block.ts";
 import { ConsoleDevice } from "../devices/console.ts";
-import { GuestMemory } from "../devices/guest_memory.ts";
-import { NetDevice } from "../devices/net.ts";
+import type { GuestMemory } from "../devices/guest_memory.ts";
 import { openBlockFile } from "../devices/qcow2_file.ts";
 import { RateLimiter } from "../devices/rate_limiter.ts";
 import { EntropyDevice } from "../devices/rng.ts";
 import { VsockDevice } from "../devices/vsock.ts";
+import type { VirtioDevice, Watcher } from "../devices/virtio_device.ts";
 import { MachineError } from "../errors.ts";
-import type { EventLoop } from "../event_loop.ts";
-import type { Kvm } from "../kvm/vm.ts";
-import { type EndReason, Vmm, type VmmDevice } from "../kvm/vmm.ts";
-import { dnsForwards, PortForwards } from "../net/forward.ts";
-import type { BridgeSpec } from "../net/host_network.ts";
+import type { EndReason, MachineParts, MachineVmm, VmmDevice } from "../machine_host.ts";
 import type { Controller } from "./api.ts";
 import {
   type BalloonStatistics,
@@ -48,30 +36,79 @@ const PAGE = 4096;
 /** Longest serial number of a disk. */
 const MAX_SERIAL = 20;
 
+/** A NIC's device, whatever it leads to. */
+export interface NicDevice extends VirtioDevice {
+  /** What it has done. */
+  readonly counters: unknown;
+  /**
+   * Sets other limits.
+   *
+   * @param limiters Those that change
+   */
+  updateLimiters(limiters: { readonly receive?: RateLimiter; readonly transmit?: RateLimiter }): void;
+}
+
+/** The NICs of a machine, and what leads to them. */
+export interface MachineNics {
+  /** Their devices, by id; the controller disposes them. */
+  readonly devices: ReadonlyMap<string, NicDevice>;
+  /** More files that are opened while the machine runs. */
+  readonly files: readonly string[];
+  /**
+   * Makes these the port forwards.
+   *
+   * @param forwards All of them
+   */
+  setForwards(forwards: readonly PortForward[]): Promise<void>;
+}
+
+/** What executes the code of guests, and connects them. */
+export interface Platform<Vmm extends MachineVmm> {
+  /** Watches what devices wait for. */
+  readonly watcher: Watcher;
+  /**
+   * Makes memory for a guest.
+   *
+   * @param length Size in bytes
+   * @param resources Disposes it
+   * @returns The memory
+   */
+  createMemory(length: number, resources: DisposableStack): Promise<GuestMemory>;
+  /**
+   * Makes the devices of NICs.
+   *
+   * @param configuration The machine
+   * @param resources Disposes what they lead to
+   * @returns The NICs
+   */
+  openNics(configuration: BootableConfiguration, resources: DisposableStack): Promise<MachineNics>;
+  /**
+   * Builds a machine.
+   *
+   * @param parts What it is made of
+   * @param isConfined Whether the process is in its sandbox
+   * @param resources Disposes what it needs
+   * @returns The machine, stopped
+   */
+  build(parts: MachineParts, isConfined: boolean, resources: DisposableStack): Vmm | Promise<Vmm>;
+}
+
 /** What a controller is made of. */
-export interface ControllerOptions {
+export interface ControllerOptions<Vmm extends MachineVmm = MachineVmm> {
   /** Identity of the machine. */
   readonly id: string;
-  /** The device that runs it. */
-  readonly kvm: Kvm;
-  /** Serves its exits. */
-  readonly loop: EventLoop;
+  /** What executes it. */
+  readonly platform: Platform<Vmm>;
   /** Takes what happens. */
-  readonly log: Log;
-  /**
-   * Makes the tap of a NIC and plugs it into its network.
-   *
-   * @param network The network
-   * @param name Name of the tap
-   */
-  readonly attachTap: (network: BridgeSpec, name: string) => Promise<Tap>;
+  readonly log: Pick<Log, "configure" | "error" | "warn">;
   /**
    * Called once everything is open and before the guest runs: the time to give up what is not needed any more.
    *
    * @param files Files that are opened again when the guest restarts, and folders of sockets
    * @param memory Most memory of the guest, in bytes
+   * @returns Whether the process is in its sandbox then
    */
-  readonly enterSandbox: (files: SandboxFiles, memory: number) => boolean;
+  readonly enterSandbox: (files: SandboxFiles, memory: number) => boolean | Promise<boolean>;
   /** Called once when the machine has ended. */
   readonly onEnd: (end: MachineEnd) => void;
 }
@@ -90,25 +127,22 @@ interface Drive {
 }
 
 /** Everything that a started machine owns. */
-interface Run {
+interface Run<Vmm extends MachineVmm> {
   readonly configuration: BootableConfiguration;
-  readonly memory: GuestMemory;
   readonly vmm: Vmm;
   readonly drives: ReadonlyMap<string, Drive>;
-  readonly nics: ReadonlyMap<string, NetDevice>;
+  readonly nics: MachineNics;
   readonly balloon: BalloonDevice | undefined;
-  readonly forwards: PortForwards;
   readonly started: number;
   readonly resources: DisposableStack;
 }
 
 /** Runs one machine. */
-export class MachineController implements Controller {
+export class MachineController<Vmm extends MachineVmm = MachineVmm> implements Controller {
   /** Identity of the machine. */
   readonly id: string;
-  readonly #options: ControllerOptions;
-  #run: Run | undefined;
-  #nameForwards: Parameters<PortForwards["set"]>[0] = [];
+  readonly #options: ControllerOptions<Vmm>;
+  #run: Run<Vmm> | undefined;
   #state: InstanceState = "Not started";
   #end: MachineEnd | undefined;
   #uptime = 0;
@@ -119,9 +153,14 @@ export class MachineController implements Controller {
    *
    * @param options What it is made of
    */
-  constructor(options: ControllerOptions) {
+  constructor(options: ControllerOptions<Vmm>) {
     this.id = options.id;
     this.#options = options;
+  }
+
+  /** The machine, while it runs. */
+  get vmm(): Vmm | undefined {
+    return this.#run?.vmm;
   }
 
   /** How it is, in Firecracker's words. */
@@ -152,15 +191,12 @@ export class MachineController implements Controller {
     const resources = new DisposableStack();
     try {
       if (configuration.logger) this.#options.log.configure(configuration.logger);
-      const memory = resources.use(new GuestMemory(bootMemoryMib(configuration.machine) * MEBIBYTE));
+      const { platform } = this.#options;
+      const length = bootMemoryMib(configuration.machine) * MEBIBYTE;
+      const memory = await platform.createMemory(length, resources);
       const drives = await this.#openDrives(configuration, memory, resources);
-      const taps = await this.#openTaps(configuration, resources);
-      const forwards = resources.use(new PortForwards());
-      // Guests ask the host for names at an address of their network; all machines of it offer that.
-      const names = new Set(configuration.networkInterfaces.flatMap((nic) => nic.network?.dns ?? []));
-      this.#nameForwards = [...names].flatMap((address) => dnsForwards(address));
-      await forwards.set([...configuration.hypertopia.forwards, ...this.#nameForwards]);
-      this.#run = this.#build(configuration, { memory, drives, taps, forwards }, resources);
+      const nics = await platform.openNics(configuration, resources);
+      this.#run = await this.#build(configuration, { memory, drives, nics }, resources);
     } catch (error) {
       resources[Symbol.dispose]();
       throw error;
@@ -268,7 +304,7 @@ export class MachineController implements Controller {
    * @param update What changes
    */
   updateNic(id: string, update: NicUpdate): Promise<void> {
-    const nic = this.#running.nics.get(id);
+    const nic = this.#running.nics.devices.get(id);
     if (!nic) throw new MachineError(`Cannot change NIC "${id}" as the machine has none of that name`);
     nic.updateLimiters({
       ...(update.rxRateLimiter ? { receive: new RateLimiter(update.rxRateLimiter) } : {}),
@@ -283,7 +319,7 @@ export class MachineController implements Controller {
    * @param forwards All of them
    */
   async setForwards(forwards: readonly PortForward[]): Promise<void> {
-    await this.#running.forwards.set([...forwards, ...this.#nameForwards]);
+    await this.#running.nics.setForwards(forwards);
   }
 
   /** Writes the metrics where the configuration says. */
@@ -310,12 +346,12 @@ export class MachineController implements Controller {
       exits: this.report().exits,
       drives: Object.fromEntries([...run?.drives ?? []].map(([id, { device }]) => [id, device.statistics])),
       network_interfaces: Object.fromEntries(
-        [...run?.nics ?? []].map(([id, device]) => [id, device.counters]),
+        [...run?.nics.devices ?? []].map(([id, device]) => [id, device.counters]),
       ),
     };
   }
 
-  get #running(): Run {
+  get #running(): Run<Vmm> {
     if (this.#run) return this.#run;
     throw new MachineError("Cannot do this as the machine does not run: start it first");
   }
@@ -326,34 +362,23 @@ export class MachineController implements Controller {
     throw new MachineError("Cannot use the balloon as the machine has none: configure one before it starts");
   }
 
-  #build(
+  async #build(
     configuration: BootableConfiguration,
-    parts: Pick<Run, "memory" | "drives" | "forwards"> & { readonly taps: ReadonlyMap<string, Tap> },
+    parts: Pick<Run<Vmm>, "drives" | "nics"> & { readonly memory: GuestMemory },
     resources: DisposableStack,
-  ): Run {
-    const { kvm, loop, log } = this.#options;
+  ): Promise<Run<Vmm>> {
+    const { platform, log } = this.#options;
+    const { watcher } = platform;
     const { machine, bootSource, hypertopia } = configuration;
-    const { memory } = parts;
+    const { memory, drives, nics } = parts;
     const devices: VmmDevice[] = [];
     const add = <T extends VmmDevice["device"]>(name: string, device: T, vectors?: number): T => {
       resources.use(device);
       devices.push({ name, device, ...(vectors === undefined ? {} : { vectors }) });
       return device;
     };
-    const { drives } = parts;
     for (const [id, { device }] of drives) devices.push({ name: `drive ${id}`, device });
-    const nics = new Map<string, NetDevice>();
-    for (const nic of configuration.networkInterfaces) {
-      const device = new NetDevice({
-        backend: parts.taps.get(nic.id)!,
-        mac: nic.guestMac ?? randomMac(),
-        watcher: loop,
-        ...(nic.mtu === undefined ? {} : { mtu: nic.mtu }),
-        ...(nic.rxRateLimiter ? { receiveLimiter: new RateLimiter(nic.rxRateLimiter) } : {}),
-        ...(nic.txRateLimiter ? { transmitLimiter: new RateLimiter(nic.txRateLimiter) } : {}),
-      });
-      nics.set(nic.id, add(`NIC ${nic.id}`, device));
-    }
+    for (const [id, device] of nics.devices) add(`NIC ${id}`, device);
     const output = this.#openConsole(configuration, resources);
     if (hypertopia.console || hypertopia.channels) {
       const { channels } = hypertopia;
@@ -374,7 +399,7 @@ export class MachineController implements Controller {
           : []),
       ];
       // One vector for all queues: each more costs the guest exits at boot, and this is no device for speed.
-      add("console", new ConsoleDevice({ watcher: loop, ports }), 2);
+      add("console", new ConsoleDevice({ watcher, ports }), 2);
     }
     if (configuration.entropy) {
       const { rateLimiter } = configuration.entropy;
@@ -393,50 +418,41 @@ export class MachineController implements Controller {
       );
     if (configuration.vsock) {
       const { guestCid, udsPath: path } = configuration.vsock;
-      add("vsock", new VsockDevice({ guestCid, path, watcher: loop }));
+      add("vsock", new VsockDevice({ guestCid, path, watcher }));
     }
     const initramfs = bootSource.initrdPath === undefined ? [] : [bootSource.initrdPath];
-    const isConfined = this.#options.enterSandbox({
+    const { warmStart } = hypertopia;
+    const isConfined = await this.#options.enterSandbox({
       readOnly: [
         bootSource.kernelImagePath,
         ...initramfs,
-        // Where the kernel carries packets, it counts them too.
-        ...configuration.networkInterfaces.map(({ hostDevName }) =>
-          `/sys/class/net/${hostDevName}/statistics`
-        ),
+        ...nics.files,
+        ...(warmStart ? [warmStart.initramfs, warmStart.config] : []),
       ],
-      readWrite: configuration.drives.map(({ pathOnHost }) => pathOnHost),
+      readWrite: [
+        ...configuration.drives.map(({ pathOnHost }) => pathOnHost),
+        ...(warmStart?.state === undefined ? [] : [dirname(warmStart.state)]),
+      ],
     }, bootMemoryMib(configuration.machine) * MEBIBYTE);
-    const filter = isConfined ? resources.use(threadFilter()) : undefined;
     const vmm = resources.use(
-      new Vmm({
-        kvm,
-        loop,
-        cpus: machine.vcpuCount,
-        memory,
-        kernel: bootSource.kernelImagePath,
-        initramfs,
-        commandLine: kernelCommandLine(configuration),
-        devices,
-        ...(hypertopia.console ? {} : { onSerial: (byte) => output(new Uint8Array([byte])) }),
-        onReset: hypertopia.restartOnReset ? "restart" : "end",
-        onEnd: (reason) => this.#ended(reason),
-        onFault: (message) => log.warn(message),
-        ...(filter ? { threadFilter: filter.address } : {}),
-      }),
+      await platform.build(
+        {
+          cpus: machine.vcpuCount,
+          memory,
+          kernel: bootSource.kernelImagePath,
+          initramfs,
+          commandLine: kernelCommandLine(configuration),
+          devices,
+          ...(hypertopia.console ? {} : { onSerial: (byte) => output(new Uint8Array([byte])) }),
+          onReset: hypertopia.restartOnReset ? "restart" : "end",
+          onEnd: (reason) => this.#ended(reason),
+          onFault: (message) => log.warn(message),
+        },
+        isConfined,
+        resources,
+      ),
     );
-    const { forwards } = parts;
-    return {
-      configuration,
-      memory,
-      vmm,
-      drives,
-      nics,
-      balloon,
-      forwards,
-      started: performance.now(),
-      resources,
-    };
+    return { configuration, vmm, drives, nics, balloon, started: performance.now(), resources };
   }
 
   async #openDrives(
@@ -459,19 +475,6 @@ export class MachineController implements Controller {
       drives.set(id, { device, path });
     }
     return drives;
-  }
-
-  /** Opens the tap of each NIC: one that is there, or one that lives as long as the machine does. */
-  async #openTaps(
-    configuration: BootableConfiguration,
-    resources: DisposableStack,
-  ): Promise<Map<string, Tap>> {
-    const taps = new Map<string, Tap>();
-    for (const { id, network, hostDevName } of configuration.networkInterfaces) {
-      const tap = network ? await this.#options.attachTap(network, hostDevName) : Tap.open(hostDevName);
-      taps.set(id, resources.use(tap));
-    }
-    return taps;
   }
 
   /** Where the guest's console goes: its log, the file that the configuration names, or standard output. */
@@ -528,19 +531,4 @@ function openFile(...args: Parameters<typeof openBlockFile>): ReturnType<typeof 
   } catch (cause) {
     throw new MachineError(cause instanceof Error ? cause.message : String(cause), { cause });
   }
-}
-
-/** The filter of vCPUs' threads, in memory that they can read and nobody can change. */
-function threadFilter(): Disposable & { readonly address: bigint } {
-  const program = compileFilter(VCPU_THREAD_POLICY);
-  const memory = new Mapping(Math.ceil(filterSize(program) / PAGE) * PAGE);
-  const address = writeFilter(memory, 0, program);
-  memory.protect(PROT_READ);
-  return { address, [Symbol.dispose]: () => memory[Symbol.dispose]() };
-}
-
-function randomMac(): string {
-  // A locally administered unicast address.
-  return [2, ...crypto.getRandomValues(new Uint8Array(5))]
-    .map((byte) => byte.toString(16).padStart(2, "0")).join(":");
 }

@@ -18,13 +18,14 @@ import { FIRECRACKER_VERSION } from "./api.ts";
 import { Log, LOG_LEVELS, type LogLevel } from "./log.ts";
 import { refuseTaken, Supervisor } from "./supervisor.ts";
 
-const USAGE = `Runs machines on /dev/kvm.
+const USAGE = `Runs machines on /dev/kvm, or in an emulator.
 
 Usage: deno run -A main.ts --api-sock PATH [--config-file FILE] [OPTION...]
        deno run -A main.ts --host-sock PATH [OPTION...]
 
   --api-sock PATH     Unix socket of the machine's API; it is made, for its owner only
   --config-file FILE  Configuration of a machine to start at once, as JSON
+  --engine ENGINE     What executes machines: kvm or emulated (kvm)
   --id ID             Identity of the machine (anonymous-instance)
   --run-file FILE     Tells who runs the machine, while it runs, and how it ended
   --host-sock PATH    Unix socket to ask for machines by PUT /machines/ID, all in this process
@@ -42,6 +43,7 @@ Usage: deno run -A main.ts --api-sock PATH [--config-file FILE] [OPTION...]
 const FLAGS = {
   "api-sock": { type: "string" },
   "config-file": { type: "string" },
+  engine: { type: "string", default: "kvm" },
   id: { type: "string", default: "anonymous-instance" },
   "run-file": { type: "string" },
   "host-sock": { type: "string" },
@@ -98,11 +100,14 @@ export async function main(args: readonly string[]): Promise<number> {
   if (!/^[A-Za-z0-9-]{1,64}$/.test(values.id)) {
     throw new MachineError(`Cannot use the id "${values.id}": give at most 64 letters, digits and hyphens`);
   }
+  if (values.engine !== "kvm" && values.engine !== "emulated") {
+    throw new MachineError(`Cannot use the engine "${values.engine}": give kvm or emulated`);
+  }
   const level = values.level as LogLevel | undefined;
   if (level !== undefined && !LOG_LEVELS.includes(level)) {
     throw new MachineError(`Cannot log at level "${level}": give one of ${LOG_LEVELS.join(", ")}`);
   }
-  if (values.detach) libc().setsid();
+  if (values.detach && Deno.build.os === "linux") libc().setsid();
   // Sockets and logs are their owner's only.
   Deno.umask(0o077);
   const path = values["log-path"];
@@ -111,7 +116,12 @@ export async function main(args: readonly string[]): Promise<number> {
     ...(level === undefined ? {} : { level }),
   });
   const { readable: readOnly, writable: readWrite } = values;
+  // What the one engine needs, the other one may lack.
+  const controllers = values.engine === "emulated"
+    ? new (await import("../emulated/controller.ts")).EmulatedHost()
+    : new (await import("./kvm_platform.ts")).KvmHost();
   using supervisor = new Supervisor({
+    host: controllers,
     log,
     isSandboxed: !values["no-sandbox"] && !values["no-seccomp"],
     ...(host === undefined ? {} : { shared: { readOnly, readWrite } }),

@@ -9,13 +9,10 @@ import { dirname } from "node:path";
 import { SIOC } from "../../ffi/mod.ts";
 import { identifyProcess, type ProcessIdentity } from "../../planner/mod.ts";
 import { MachineError } from "../errors.ts";
-import { EventLoop } from "../event_loop.ts";
 import { removeIfThere, writeWhole } from "../files.ts";
-import { Kvm } from "../kvm/vm.ts";
-import { HostNetwork } from "../net/host_network.ts";
-import { Api } from "./api.ts";
+import { Api, type Controller } from "./api.ts";
 import { checkFiles, DEFAULT_CONFIGURATION, type MachineEnd, parseConfigFile } from "./config.ts";
-import { MachineController, type SandboxFiles } from "./controller.ts";
+import type { ControllerOptions, SandboxFiles } from "./controller.ts";
 import type { Log } from "./log.ts";
 import { enterSandbox, type SandboxLayer, type SandboxOptions } from "./sandbox.ts";
 
@@ -45,6 +42,8 @@ export interface MachineOptions {
 
 /** What a supervisor is made of. */
 export interface SupervisorOptions {
+  /** Makes what runs its machines. */
+  readonly host: ControllerHost;
   /** Takes what happens to the process. */
   readonly log: Log;
   /** Whether it gives up what it does not need. */
@@ -54,6 +53,24 @@ export interface SupervisorOptions {
    * are gone when the first one has started.
    */
   readonly shared?: SandboxFiles;
+}
+
+/** What {@linkcode ControllerHost.create} is given. */
+export interface HostedMachine extends Omit<ControllerOptions, "platform" | "log"> {
+  /** Takes what happens. */
+  readonly log: Log;
+  /** Whether the process runs other machines too. */
+  readonly isShared: boolean;
+}
+
+/** What the machines of a process have in common: how their code is executed. */
+export interface ControllerHost extends Disposable {
+  /**
+   * Makes what controls a machine.
+   *
+   * @param machine The machine
+   */
+  create(machine: HostedMachine): Controller;
 }
 
 /** What machines that come later open. */
@@ -70,18 +87,14 @@ const PLUG_REQUESTS: readonly number[] = [SIOC.GIFFLAGS, SIOC.SIFFLAGS, SIOC.GIF
 /** Runs machines in this process. */
 export class Supervisor implements Disposable {
   readonly #options: SupervisorOptions;
-  readonly #kvm = new Kvm();
-  readonly #loop = new EventLoop();
   /** Taken while `/proc` can still be read. */
   readonly #identity = identifyProcess()!;
-  readonly #machines = new Set<MachineController>();
+  readonly #machines = new Set<Controller>();
   #isConfined = false;
   #cgroup: string | undefined;
-  #isEnding = false;
-  #running: Promise<void> | undefined;
 
   /**
-   * Opens the device.
+   * Runs nothing yet.
    *
    * @param options Log and sandbox
    */
@@ -121,14 +134,9 @@ export class Supervisor implements Disposable {
     return { started: started.promise, ended };
   }
 
-  /** Ends the loop. All machines must have ended. */
+  /** Ends what ran them. All machines must have ended. */
   [Symbol.dispose](): void {
-    this.#isEnding = true;
-    this.#loop.wake();
-    void (this.#running ?? Promise.resolve()).then(() => {
-      this.#loop[Symbol.dispose]();
-      this.#kvm[Symbol.dispose]();
-    });
+    this.#options.host[Symbol.dispose]();
   }
 
   async #run(machine: MachineOptions, log: Log, onStarted: () => void): Promise<MachineEnd> {
@@ -173,14 +181,10 @@ export class Supervisor implements Disposable {
     if (parsed) await checkFiles(parsed.configuration, configFile!);
     await refuseTaken(socket);
     const ending = Promise.withResolvers<MachineEnd>();
-    const network = new HostNetwork();
-    const controller = new MachineController({
+    const controller = this.#options.host.create({
       id,
-      kvm: this.#kvm,
-      loop: this.#loop,
       log,
-      attachTap: (spec, name) =>
-        this.#options.shared ? network.plugTap(spec, name) : network.attachTap(spec, name),
+      isShared: this.#options.shared !== undefined,
       enterSandbox: (files, memory) =>
         this.#confine(socket, {
           ...files,
@@ -197,7 +201,6 @@ export class Supervisor implements Disposable {
       path: socket,
       onListen: () => log.info(`the API listens on ${socket}`),
     }, (request) => api.handle(request));
-    this.#running ??= this.#loop.run(() => this.#isEnding);
     try {
       if (parsed) await api.start();
       await onStarted();

@@ -1,12 +1,12 @@
 /**
- * Decompression of what Debian's archive holds, without a program of the host.
+ * Decompression without a program of the host.
  *
  * @module
  */
 
 import { Duplex } from "node:stream";
 import { createZstdDecompress } from "node:zlib";
-import { importNpm } from "../vmm/images/npm_library.ts";
+import { importNpm } from "./npm_library.ts";
 
 /** How something is compressed, as the name of a file ends; empty where it is not. */
 export type Compression = "xz" | "gz" | "zst" | "";

@@ -1,0 +1,198 @@
+/**
+ * The engine for hosts with nothing installed: machines in an emulator of 32-bit PCs that runs within Deno.
+ *
+ * @module
+ */
+
+import { createHash } from "node:crypto";
+import { join } from "node:path";
+import type {
+  Capabilities,
+  Engine,
+  MachineNeeds,
+  MachineNic,
+  MachineSpec,
+  MachineStatus,
+  OperationOptions,
+} from "../engine.ts";
+import { DATA_CHANNELS, delay, listMachines, machineIds } from "../file_machine.ts";
+import { ensureUserNetwork, releaseUserNetwork } from "../net/user_network_client.ts";
+import { hostPaths, type Paths } from "../paths.ts";
+import { machineConfiguration, SupervisedMachine } from "../supervised_machine.ts";
+import type { WarmStart } from "../supervisor/config.ts";
+import { EMULATOR_VERSION } from "./emulator.ts";
+
+/** Most memory of a machine, in bytes: the emulator addresses no more. */
+const MAX_MEMORY = 2 ** 31 - 2 ** 20;
+/** How often it is tried to end a network that no machine uses, every 20 milliseconds. */
+const RELEASE_TRIES = 100;
+/** Of our own part of a saved state: changes with what is in it, and with what a guest does before it is saved. */
+const STATE_VERSION = 1;
+
+/** What an {@linkcode EmulatedEngine} is given. */
+export interface EmulatedEngineOptions {
+  /** Whether machines boot from the beginning, and leave nothing for others of their kind to go on from. */
+  readonly isCold?: boolean;
+}
+
+/** Runs machines in an emulator. */
+export class EmulatedEngine implements Engine {
+  /** The engine's name. */
+  readonly name = "emulated";
+  readonly #paths: Paths;
+  readonly #options: EmulatedEngineOptions;
+
+  /**
+   * Looks at nothing yet.
+   *
+   * @param paths Folders of this host
+   * @param options Whether saved states are used
+   */
+  constructor(paths: Paths = hostPaths(), options: EmulatedEngineOptions = {}) {
+    this.#paths = paths;
+    this.#options = options;
+  }
+
+  /**
+   * Tells whether it can run what is asked for. It needs nothing of the host but Linux on x86-64, so far.
+   *
+   * @param options What the machine needs
+   * @returns What was found
+   */
+  probe(options: OperationOptions & { needs?: MachineNeeds } = {}): Promise<Capabilities> {
+    const { needs } = options;
+    const platform = `${Deno.build.os} on ${Deno.build.arch}`;
+    const detail =
+      `an emulated 32-bit PC (v86 ${EMULATOR_VERSION}) with one vCPU: slow, and needs nothing installed`;
+    const reason = Deno.build.os !== "linux" || Deno.build.arch !== "x86_64"
+      ? `its devices work on Linux on x86_64 only, and this is ${platform}`
+      : (needs?.cpus ?? 1) > 1
+      ? "an emulated machine has one vCPU: set cpus to 1"
+      : (needs?.memory ?? 0) > MAX_MEMORY
+      ? "an emulated machine has less than 2 GiB of memory: set memory and maxMemory lower"
+      : needs?.hasFirmware
+      ? "it has no firmware to boot a disk by: give the machine a kernel"
+      : needs?.is64Bit
+      ? 'an emulated machine has a 32-bit processor: take debian(), and no arch but "i386"'
+      : undefined;
+    return Promise.resolve({
+      engine: "emulated",
+      isUsable: reason === undefined,
+      detail: reason ?? detail,
+      findings: [],
+    });
+  }
+
+  /**
+   * Gives the machine of an identity.
+   *
+   * @param id Identity
+   * @returns The machine, which may not exist yet
+   */
+  attach(id: string): EmulatedMachine {
+    return new EmulatedMachine(id, this.#paths, this.#options);
+  }
+
+  /**
+   * Lists the machines of this host.
+   *
+   * @param wanted Only these; all unless told
+   * @returns How each one is
+   */
+  async list(wanted?: ReadonlySet<string>): Promise<MachineStatus[]> {
+    return await listMachines(this.#paths, (id) => this.attach(id), wanted);
+  }
+}
+
+/** A machine in an emulator. */
+export class EmulatedMachine extends SupervisedMachine {
+  readonly #options: EmulatedEngineOptions;
+
+  /**
+   * Looks at nothing yet.
+   *
+   * @param id Identity
+   * @param paths Folders of this host
+   * @param options Whether saved states are used
+   */
+  constructor(id: string, paths: Paths, options: EmulatedEngineOptions = {}) {
+    super(id, "emulated", paths);
+    this.#options = options;
+  }
+
+  /** What the supervisor starts it from: NICs are ports of networks in user space. */
+  protected configure(spec: MachineSpec): unknown {
+    const warmStart = this.#warmStart(spec);
+    return machineConfiguration(spec, this.files, {
+      nic: (nic) => ({
+        userNetwork: {
+          folder: networkFolder(this.paths, spec, nic),
+          ip: nic.ip,
+          hostname: spec.hostname ?? spec.id,
+        },
+      }),
+      ...(warmStart ? { hypertopia: { warmStart } } : {}),
+    });
+  }
+
+  /** Starts it in a process of its own, and its networks where they are not there. */
+  protected async launch(spec: MachineSpec, options: OperationOptions): Promise<void> {
+    await using networks = new AsyncDisposableStack();
+    const sandbox = (spec.engine as { readonly sandbox?: boolean }).sandbox ?? true;
+    for (const nic of new Map(spec.nics.map((each) => [each.network, each])).values()) {
+      const { cidr, gateway, dns, nat } = nic;
+      const folder = networkFolder(this.paths, spec, nic);
+      networks.use(await ensureUserNetwork(folder, { cidr, gateway, dns, nat }, { ...options, sandbox }));
+    }
+    await Deno.mkdir(statesFolder(this.paths), { recursive: true, mode: 0o700 });
+    options.report?.("booting in the emulator");
+    // The better code of the slower compiler comes too late for most of what a guest runs, and takes twice the memory.
+    await this.launchAlone(spec, options, ["--v8-flags=--liftoff-only"]);
+  }
+
+  /** A network that no machine uses any more leaves nothing on the host. */
+  protected override async release(spec: MachineSpec | undefined): Promise<void> {
+    if (!spec || spec.nics.length === 0) return;
+    const used = new Set<string>();
+    for (const id of await machineIds(this.paths)) {
+      const machine = new EmulatedMachine(id, this.paths);
+      const other = await machine.spec();
+      if (!other || !(await machine.isAlive())) continue;
+      for (const nic of other.nics) used.add(networkFolder(this.paths, other, nic));
+    }
+    for (const folder of new Set(spec.nics.map((nic) => networkFolder(this.paths, spec, nic)))) {
+      if (used.has(folder)) continue;
+      // Its process takes a moment to see that the machine is gone.
+      for (let tries = 0; !(await releaseUserNetwork(folder)) && tries < RELEASE_TRIES; tries++) {
+        await delay(20);
+      }
+    }
+  }
+
+  #warmStart(spec: MachineSpec): WarmStart | undefined {
+    const [initramfs, config] = spec.initramfs;
+    if (!spec.hasAgent || initramfs === undefined || config === undefined) return undefined;
+    // All that the guest has seen of its machine until it learns who it is.
+    const kind = [
+      ...[STATE_VERSION, EMULATOR_VERSION, spec.kernel, initramfs, spec.cmdline],
+      ...[spec.memory, spec.maxMemory, spec.nics.length, DATA_CHANNELS],
+      spec.disks.map(({ size, readOnly }) => [size, readOnly]),
+    ];
+    const key = createHash("sha256").update(JSON.stringify(kind)).digest("hex").slice(0, 32);
+    return {
+      key,
+      initramfs,
+      config,
+      ...(this.#options.isCold ? {} : { state: join(statesFolder(this.paths), `${key}.state`) }),
+    };
+  }
+}
+
+function statesFolder(paths: Paths): string {
+  return join(paths.cache, "states");
+}
+
+function networkFolder(paths: Paths, spec: MachineSpec, nic: MachineNic): string {
+  const name = createHash("sha256").update(`${spec.stack}\n${nic.network}`).digest("hex").slice(0, 16);
+  return join(paths.data, "networks", name);
+}

@@ -1,0 +1,149 @@
+/**
+ * What emulated machines are made of: an emulator's memory, and NICs on networks in user space.
+ *
+ * @module
+ */
+
+import { FrameNetDevice } from "../devices/frame_net.ts";
+import type { GuestMemory } from "../devices/guest_memory.ts";
+import { RateLimiter } from "../devices/rate_limiter.ts";
+import { MachineError } from "../errors.ts";
+import type { EventLoop } from "../event_loop.ts";
+import type { MachineParts } from "../machine_host.ts";
+import { UserNetworkPort } from "../net/user_network_client.ts";
+import type { BootableConfiguration, PortForward, WarmStart } from "../supervisor/config.ts";
+import type { MachineNics, NicDevice, Platform } from "../supervisor/controller.ts";
+import type { Log } from "../supervisor/log.ts";
+import { readState } from "./saved_state.ts";
+import { EmulatedPc, EmulatedVmm } from "./vmm.ts";
+import { TEMPLATE_WORD } from "./warm_start.ts";
+
+/** What an {@linkcode EmulatedPlatform} is made of. */
+export interface EmulatedPlatformOptions {
+  /** Identity of the machine. */
+  readonly id: string;
+  /** Watches sockets. */
+  readonly loop: EventLoop;
+  /** Takes what happens to networks. */
+  readonly log: Pick<Log, "info" | "warn">;
+}
+
+/** Runs one machine in an emulator. */
+export class EmulatedPlatform implements Platform<EmulatedVmm> {
+  /** See {@linkcode Platform.watcher}. */
+  readonly watcher: EventLoop;
+  readonly #options: EmulatedPlatformOptions;
+  #pc: EmulatedPc | undefined;
+  #warmStart: WarmStart | undefined;
+  #isWarm = false;
+
+  /**
+   * Makes nothing yet.
+   *
+   * @param options Identity, loop and log
+   */
+  constructor(options: EmulatedPlatformOptions) {
+    this.#options = options;
+    this.watcher = options.loop;
+  }
+
+  /** Whether the machine went on from what another one had booted to. */
+  get isWarm(): boolean {
+    return this.#isWarm;
+  }
+
+  /**
+   * See {@linkcode Platform.createMemory}.
+   *
+   * @param length Size in bytes
+   * @param resources Ends the emulator
+   * @returns The memory
+   */
+  async createMemory(length: number, resources: DisposableStack): Promise<GuestMemory> {
+    const pc = await EmulatedPc.create(length);
+    resources.defer(() => void pc[Symbol.asyncDispose]());
+    this.#pc = pc;
+    return pc.emulator.memory;
+  }
+
+  /**
+   * See {@linkcode Platform.openNics}.
+   *
+   * @param configuration The machine
+   * @param resources Detaches it from its networks
+   * @returns The NICs
+   */
+  async openNics(configuration: BootableConfiguration, resources: DisposableStack): Promise<MachineNics> {
+    this.#warmStart = configuration.hypertopia.warmStart;
+    const devices = new Map<string, NicDevice>();
+    const ports: { readonly ip: string; readonly port: UserNetworkPort }[] = [];
+    for (const nic of configuration.networkInterfaces) {
+      const { id, userNetwork, guestMac } = nic;
+      if (!userNetwork || guestMac === undefined) {
+        throw new MachineError(
+          `Cannot make NIC "${id}" of an emulated machine without \`user_network\` and \`guest_mac\`: give both`,
+        );
+      }
+      const { folder, ip, hostname } = userNetwork;
+      const port = resources.use(
+        await UserNetworkPort.connect(folder, {
+          machine: this.#options.id,
+          nic: id,
+          mac: guestMac,
+          ip,
+          hostname,
+          forwards: forwardsTo(configuration.hypertopia.forwards, ip),
+        }, { log: this.#options.log }),
+      );
+      ports.push({ ip, port });
+      devices.set(
+        id,
+        new FrameNetDevice({
+          backend: port,
+          mac: guestMac,
+          ...(nic.mtu === undefined ? {} : { mtu: nic.mtu }),
+          ...(nic.rxRateLimiter ? { receiveLimiter: new RateLimiter(nic.rxRateLimiter) } : {}),
+          ...(nic.txRateLimiter ? { transmitLimiter: new RateLimiter(nic.txRateLimiter) } : {}),
+        }),
+      );
+    }
+    return {
+      devices,
+      files: [],
+      async setForwards(forwards) {
+        for (const { ip, port } of ports) await port.setForwards(forwardsTo(forwards, ip));
+      },
+    };
+  }
+
+  /**
+   * See {@linkcode Platform.build}.
+   *
+   * @param parts What it is made of
+   * @returns The machine
+   */
+  async build(parts: MachineParts): Promise<EmulatedVmm> {
+    if (!this.#pc) throw new Error("Cannot build a machine without memory");
+    const warmStart = this.#warmStart;
+    if (!warmStart) return new EmulatedVmm(this.#pc, parts);
+    const vmm = new EmulatedVmm(this.#pc, parts, {
+      initramfs: [warmStart.initramfs],
+      commandLine: `${parts.commandLine} ${TEMPLATE_WORD}`,
+    });
+    if (warmStart.state === undefined) return vmm;
+    try {
+      const state = await readState(warmStart.state, warmStart.key);
+      if (!state) return vmm;
+      await vmm.restore(state);
+      this.#isWarm = true;
+    } catch (error) {
+      if (!(error instanceof MachineError)) throw error;
+      this.#options.log.warn(`${error.message}: it boots cold`);
+    }
+    return vmm;
+  }
+}
+
+function forwardsTo(forwards: readonly PortForward[], ip: string): PortForward[] {
+  return forwards.filter(({ guestIp }) => guestIp === ip);
+}
