@@ -15,6 +15,7 @@ const BENCHES: Readonly<Record<string, () => Promise<{ default: () => AsyncItera
   boot: () => import("./boot.ts"),
   memory: () => import("./memory.ts"),
   block: () => import("./block.ts"),
+  emulated: () => import("./emulated.ts"),
 };
 
 if (import.meta.main) {

@@ -81,6 +81,7 @@ export class EmulatedVmm implements MachineVmm {
   readonly #emulator: Emulator;
   readonly #functions: VirtioPortFunction[];
   #state: "running" | "paused" | "ended" = "paused";
+  #isRestarting = false;
 
   /**
    * Builds a machine, which is stopped.
@@ -138,7 +139,9 @@ export class EmulatedVmm implements MachineVmm {
 
   /** Restarts the guest at once. */
   restart(): void {
-    if (this.#state !== "ended") void this.#restart();
+    if (this.#state === "ended" || this.#isRestarting) return;
+    this.#isRestarting = true;
+    void this.#restart();
   }
 
   /** Ends the machine at once. */
@@ -148,7 +151,8 @@ export class EmulatedVmm implements MachineVmm {
 
   /** The guest halted for good: it has powered off. */
   halted(): void {
-    this.#end({ kind: "off" });
+    // A guest that has reset its machine halts, since that takes a moment.
+    if (!this.#isRestarting) this.#end({ kind: "off" });
   }
 
   /**
@@ -157,6 +161,7 @@ export class EmulatedVmm implements MachineVmm {
    * @param detail What the emulator says
    */
   crashed(detail: string): void {
+    if (this.#isRestarting) return;
     this.#end({ kind: "crashed", detail: `its processor cannot go on: ${detail}` });
   }
 
@@ -236,6 +241,7 @@ export class EmulatedVmm implements MachineVmm {
       const detail = `it could not restart: ${error instanceof Error ? error.message : error}`;
       return this.#end({ kind: "crashed", detail });
     }
+    this.#isRestarting = false;
     if (wasRunning) this.resume();
   }
 

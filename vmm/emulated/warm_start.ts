@@ -23,50 +23,17 @@ const SEED_SIZE = 64;
  * A program for the guest, which lets the random numbers of its kernel begin anew from its pool: `ioctl(0, RNDRESEEDCRNG)`
  * (Linux 6.1 `include/uapi/linux/random.h`). Two machines that go on from the same state would draw the same otherwise.
  */
-const RESEED: readonly number[] = [
+const RESEED: Uint8Array<ArrayBuffer> = fromHex(
   // ELF header for i386: entry 0x10054, one program header at 52.
-  ...[0x7f, 0x45, 0x4c, 0x46, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 3, 0, 1, 0, 0, 0],
-  ...[0x54, 0, 1, 0, 52, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 52, 0, 32, 0, 1, 0, 0, 0, 0, 0, 0, 0],
+  "7f454c46 01010100 00000000 00000000 02000300 01000000 54000100 34000000",
+  "00000000 00000000 34002000 01000000 00000000",
   // Load the whole file at 0x10000, to read and execute.
-  ...[
-    1,
-    0,
-    0,
-    0,
-    0,
-    0,
-    0,
-    0,
-    0,
-    0,
-    1,
-    0,
-    0,
-    0,
-    1,
-    0,
-    0x70,
-    0,
-    0,
-    0,
-    0x70,
-    0,
-    0,
-    0,
-    5,
-    0,
-    0,
-    0,
-    0,
-    0x10,
-    0,
-    0,
-  ],
+  "01000000 00000000 00000100 00000100 70000000 70000000 05000000 00100000",
   // mov eax, 54; xor ebx, ebx; mov ecx, 0x5207; int 0x80
-  ...[0xb8, 54, 0, 0, 0, 0x31, 0xdb, 0xb9, 0x07, 0x52, 0, 0, 0xcd, 0x80],
-  // mov ebx, eax; neg ebx; mov eax, 1; int 0x80
-  ...[0x89, 0xc3, 0xf7, 0xdb, 0xb8, 1, 0, 0, 0, 0xcd, 0x80, 0x90, 0x90, 0x90],
-];
+  "b836000000 31db b907520000 cd80",
+  // mov ebx, eax; neg ebx; mov eax, 1; int 0x80; up to the size that the header says
+  "89c3 f7db b801000000 cd80 909090",
+);
 
 /** The control line of a guest that knows nothing of itself yet. */
 export class TemplateLine implements Disposable {
@@ -107,7 +74,7 @@ export class TemplateLine implements Disposable {
     const personal = cpioArchive([
       { path: "/hypertopia/personal/clock", mode: 0o600, content: encoder.encode(`@${now()}`) },
       { path: "/hypertopia/personal/macs", mode: 0o600, content: encoder.encode(`${macs}\n`) },
-      { path: "/hypertopia/personal/reseed", mode: 0o700, content: new Uint8Array(RESEED) },
+      { path: "/hypertopia/personal/reseed", mode: 0o700, content: RESEED },
       { path: "/hypertopia/personal/seed", mode: 0o600, content: seed },
     ]);
     for (const archive of [await Deno.readFile(warmStart.config), personal]) {
@@ -155,6 +122,14 @@ export class TemplateLine implements Disposable {
       clearTimeout(timer);
     }
   }
+}
+
+function fromHex(...lines: readonly string[]): Uint8Array<ArrayBuffer> {
+  const digits = lines.join("").replaceAll(" ", "");
+  return Uint8Array.from(
+    { length: digits.length / 2 },
+    (_, at) => parseInt(digits.slice(2 * at, 2 * at + 2), 16),
+  );
 }
 
 /** Seconds since 1970. */
