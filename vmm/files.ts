@@ -58,6 +58,16 @@ export async function exists(path: string): Promise<boolean> {
   }
 }
 
+/**
+ * Tells whether something is in use, for which Deno has no class of errors that it throws.
+ *
+ * @param error What was thrown
+ * @returns Whether it was `EBUSY`
+ */
+export function isBusy(error: unknown): boolean {
+  return error instanceof Error && (error as { readonly code?: string }).code === "EBUSY";
+}
+
 /** What {@linkcode lockFile} can be given. */
 export interface LockFileOptions {
   /** Ends the wait. */

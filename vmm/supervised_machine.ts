@@ -19,7 +19,7 @@ import {
   machineFiles,
   readJson,
 } from "./file_machine.ts";
-import { removeIfThere, writeWhole } from "./files.ts";
+import { isBusy, removeIfThere, writeWhole } from "./files.ts";
 import { guestEndpoints } from "./guest/channel.ts";
 import { findPanic, tailOf } from "./machine_files.ts";
 import { machineFolder, type Paths } from "./paths.ts";
@@ -235,7 +235,7 @@ export abstract class SupervisedMachine extends FileMachine<SupervisedFiles> {
         return await Deno.remove(cgroup);
       } catch (error) {
         if (error instanceof Deno.errors.NotFound) return;
-        if (!(error instanceof Deno.errors.Busy) || tries === CGROUP_TRIES) throw error;
+        if (!isBusy(error) || tries === CGROUP_TRIES) throw error;
         await delay(10);
       }
     }

@@ -20,6 +20,7 @@ import {
   TUN,
   VHOST,
 } from "../../ffi/mod.ts";
+import { isBusy } from "../files.ts";
 
 /** One layer of a sandbox. */
 export interface SandboxLayer {
@@ -269,7 +270,7 @@ export function limitCgroup(limits: CgroupLimits, parent: string | undefined = p
         Deno.writeTextFileSync(join(folder, `${controller}.max`), value, { create: false });
         done.push(`${controller}.max ${value}`);
       } catch (error) {
-        const reason = error instanceof Deno.errors.Busy
+        const reason = isBusy(error)
           ? "other processes are in that cgroup, too: start this one in a cgroup of its own"
           : reasonOf(error);
         failed.push(`${controller} (${reason})`);
