@@ -17,6 +17,7 @@ const PACKAGES: readonly (readonly [name: string, program: string])[] = [
   ["nftables", "nft"],
   ["qemu-utils", "qemu-img"],
   ["xz-utils", "xz"],
+  ["passt", "passt"],
 ];
 
 interface Count {

@@ -254,6 +254,17 @@ export class UserNat implements Disposable, AsyncDisposable {
   }
 
   /**
+   * Tells whether guests may reach an address of the outside.
+   *
+   * @param ip The address as a number
+   * @returns Whether they may
+   */
+  isOutside(ip: number): boolean {
+    return this.#options.isNatOpen && ip < FIRST_GROUP && ip !== this.#gateway && ip !== this.#dns &&
+      !this.#forbidden.some(({ base, size }) => ip >= base && ip - base < size);
+  }
+
+  /**
    * Ends all that an address of the network has open, as its machine is gone. Its forwards stay.
    *
    * @param address The address
@@ -334,9 +345,7 @@ export class UserNat implements Disposable, AsyncDisposable {
   #target(ip: number, port: number): HostTarget | number {
     if (ip === this.#dns && port === DNS_PORT) return this.#resolver();
     if (ip === this.#gateway || ip === this.#dns || port === 0) return ICMP_UNREACHABLE.PORT;
-    const isForbidden = ip >= FIRST_GROUP ||
-      this.#forbidden.some(({ base, size }) => ip >= base && ip - base < size);
-    if (!this.#options.isNatOpen || isForbidden) return ICMP_UNREACHABLE.PROHIBITED;
+    if (!this.isOutside(ip)) return ICMP_UNREACHABLE.PROHIBITED;
     const address = formatIpv4(ip);
     const hostname = this.#options.reach ? this.#options.reach(address) : address;
     return hostname === undefined ? ICMP_UNREACHABLE.PROHIBITED : { hostname, port };

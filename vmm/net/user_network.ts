@@ -17,10 +17,12 @@ import {
   type Schema,
   string,
 } from "../../dsl/mod.ts";
+import { equal } from "../../planner/mod.ts";
 import { MachineError } from "../errors.ts";
 import type { Log } from "../supervisor/log.ts";
 import { DhcpServer } from "./dhcp.ts";
 import { FrameStream } from "./frame_stream.ts";
+import { endPasst, Uplink } from "./passt.ts";
 import { Switch, type SwitchPort } from "./switch.ts";
 import { UserNat } from "./user_nat.ts";
 import {
@@ -78,7 +80,12 @@ interface AttachedNic {
   readonly attachment: NicAttachment;
   readonly gone: Promise<void>;
   readonly port: SwitchPort;
+  /** Ports of the host that lead to it. */
+  forwards: readonly NicForward[];
+  /** Its own way to the outside, which has the forwards of TCP then. */
+  uplink: Uplink | undefined;
   stream: FrameStream | undefined;
+  isDetached: boolean;
   detach(): Promise<void>;
 }
 
@@ -200,7 +207,7 @@ export class UserNetwork implements Disposable {
       }
       case "forwards": {
         if (!state.nic) throw new MachineError("Cannot set forwards without a NIC: attach it first");
-        await this.#setForwards(state.nic.attachment, check(forwardsSchema, value));
+        await this.#changeForwards(state.nic, check(forwardsSchema, value));
         return {};
       }
       case "status":
@@ -210,45 +217,88 @@ export class UserNetwork implements Disposable {
     }
   }
 
-  async #setForwards(attachment: NicAttachment, forwards: readonly NicForward[]): Promise<void> {
-    if (forwards.length > MAX_FORWARDS) {
-      throw new MachineError(
-        `Cannot forward ${forwards.length} ports to one NIC: forward at most ${MAX_FORWARDS}`,
+  async #changeForwards(nic: AttachedNic, forwards: readonly NicForward[]): Promise<void> {
+    refuseTooMany(forwards);
+    if (nic.uplink && !equal(forwards.filter(isTcp), nic.forwards.filter(isTcp))) {
+      this.#options.log.info(
+        `${nic.name} leaves passt, which cannot change its forwards: the built-in NAT goes on`,
       );
+      await this.#leaveUplink(nic);
     }
+    nic.forwards = forwards;
+    await this.#forward(nic);
+  }
+
+  /** Makes the NAT have those forwards that the uplink has not, and none of a NIC that has left. */
+  async #forward({ attachment, forwards, uplink, isDetached }: AttachedNic): Promise<void> {
     const guestIp = attachment.ip;
-    await this.#nat.setForwards(nameOf(attachment), forwards.map((each) => ({ ...each, guestIp })));
+    const ours = isDetached ? [] : uplink ? forwards.filter((each) => !isTcp(each)) : forwards;
+    await this.#nat.setForwards(nameOf(attachment), ours.map((each) => ({ ...each, guestIp })));
+  }
+
+  /** Connects a NIC to the passt that waits for it, if one does. */
+  async #findUplink(nic: AttachedNic): Promise<void> {
+    const { folder, spec, log } = this.#options;
+    if (!spec.nat) return;
+    const { mac, ip } = nic.attachment;
+    const uplink = await Uplink.connect(folder, {
+      ...{ mac, ip, gateway: spec.gateway, nat: this.#nat },
+      send: (frame) => void nic.stream?.send(frame),
+    });
+    if (!uplink) return;
+    if (nic.isDetached) return uplink[Symbol.dispose]();
+    nic.uplink = uplink;
+    log.info(`${nic.name} reaches the outside through passt`);
+    void uplink.ended.then(async () => {
+      if (nic.uplink !== uplink) return;
+      log.warn(`the passt of ${nic.name} is lost: the built-in NAT goes on`);
+      await this.#leaveUplink(nic);
+      await this.#forward(nic);
+    }).catch((error: Error) => log.warn(error.message));
+  }
+
+  /** From now on the NAT does it; ports that passt had are free when this is done. */
+  async #leaveUplink(nic: AttachedNic): Promise<void> {
+    nic.uplink?.[Symbol.dispose]();
+    nic.uplink = undefined;
+    await endPasst(this.#options.folder, nic.attachment.ip);
   }
 
   async #attach(attachment: NicAttachment): Promise<{ nic: AttachedNic; frames: string }> {
     const { folder, spec, log } = this.#options;
-    const { mac, ip, hostname } = attachment;
+    const { mac, ip, hostname, forwards } = attachment;
     const name = nameOf(attachment);
     refuseForeignAddress(spec, name, ip);
+    refuseTooMany(forwards);
     await this.#waitForPredecessor(attachment);
     const gone = Promise.withResolvers<void>();
     const frames = join(folder, `${this.#nextSocket++}.sock`);
     let listener: Deno.UnixListener | undefined;
-    let isDetached = false;
     const nic: AttachedNic = {
       name,
       attachment,
       gone: gone.promise,
+      forwards,
+      uplink: undefined,
       stream: undefined,
+      isDetached: false,
       port: this.#switch.connect({
         lock: { macs: [mac], addresses: [ip] },
         send: (frame) => nic.stream?.send(frame) ?? false,
       }),
       detach: async () => {
-        if (isDetached) return;
-        isDetached = true;
+        if (nic.isDetached) return;
+        nic.isDetached = true;
         nic.port[Symbol.dispose]();
         nic.stream?.[Symbol.dispose]();
+        // Whoever starts the next one waits until it is gone.
+        nic.uplink?.[Symbol.dispose]();
+        nic.uplink = undefined;
         this.#dhcp.delete(mac);
         this.#nat.release(ip);
         listener?.close();
         if (listener) await Deno.remove(frames).catch(() => {});
-        await this.#setForwards(attachment, []).catch((error: Error) => log.warn(error.message));
+        await this.#forward(nic).catch((error: Error) => log.warn(error.message));
         this.#nics.delete(nic);
         gone.resolve();
         log.info(`${name} has left`);
@@ -257,7 +307,8 @@ export class UserNetwork implements Disposable {
     this.#nics.add(nic);
     try {
       this.#dhcp.set(mac, { ip, hostname });
-      await this.#setForwards(attachment, attachment.forwards);
+      await this.#findUplink(nic);
+      await this.#forward(nic);
       listener = Deno.listen({ transport: "unix", path: frames });
     } catch (error) {
       await nic.detach();
@@ -296,7 +347,7 @@ export class UserNetwork implements Disposable {
     nic.stream?.[Symbol.dispose]();
     using stream = nic.stream = new FrameStream(connection);
     try {
-      await stream.receive((frame) => void nic.port.receive(frame));
+      await stream.receive((frame) => void (nic.uplink?.take(frame) || nic.port.receive(frame)));
     } catch (error) {
       this.#options.log.warn(`${nic.name} is cut off: ${(error as Error).message}`);
     }
@@ -328,6 +379,15 @@ function check<T>(schema: Schema<T>, value: unknown): T {
     throw new MachineError(`Cannot use the request as ${field === "" ? "it is wrong" : field}: ${reason}`);
   });
   return result as T;
+}
+
+function isTcp({ protocol }: NicForward): boolean {
+  return protocol === "tcp";
+}
+
+function refuseTooMany({ length }: readonly NicForward[]): void {
+  if (length <= MAX_FORWARDS) return;
+  throw new MachineError(`Cannot forward ${length} ports to one NIC: forward at most ${MAX_FORWARDS}`);
 }
 
 function refuseForeignAddress(spec: UserNetworkSpec, name: string, ip: string): void {

@@ -14,6 +14,7 @@ import { tailOf } from "../machine_files.ts";
 import type { Log } from "../supervisor/log.ts";
 import type { RunFile } from "../supervisor/supervisor.ts";
 import { FrameStream } from "./frame_stream.ts";
+import { endAllPasst } from "./passt.ts";
 import {
   JsonLines,
   type NicAttachment,
@@ -115,6 +116,7 @@ export async function releaseUserNetwork(folder: string): Promise<boolean> {
   found?.client[Symbol.dispose]();
   if (found && found.status.clients > 1) return false;
   await endProcess(files);
+  await endAllPasst(folder);
   await removeIfThere(folder);
   return true;
 }
