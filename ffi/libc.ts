@@ -151,6 +151,15 @@ let library: Libc | undefined;
 let errnoView: Int32Array | undefined;
 
 /**
+ * Tells whether this is the system whose functions, numbers and structures are known here: Linux on x86-64.
+ *
+ * @returns Whether it is
+ */
+export function isKnownSystem(): boolean {
+  return Deno.build.os === "linux" && Deno.build.arch === "x86_64";
+}
+
+/**
  * Opens the C library, once.
  *
  * @returns Its functions

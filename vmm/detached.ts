@@ -4,6 +4,8 @@
  * @module
  */
 
+import { isKnownSystem, libc } from "../ffi/mod.ts";
+
 /** Of this process's environment, what such a process needs: it outlives the command, and must not keep its secrets. */
 const ENVIRONMENT: readonly string[] = [
   "PATH",
@@ -61,4 +63,13 @@ export function spawnDetached(
  */
 export function moduleBeside(path: string, from: string): string {
   return new URL(`${path}.${from.endsWith(".ts") ? "ts" : "js"}`, from).href;
+}
+
+/** Begins a session of its own, unless this process has one: what {@linkcode spawnDetached} starts does. */
+export function leaveTerminal(): void {
+  if (!isKnownSystem()) return;
+  const stat = Deno.readTextFileSync("/proc/self/stat");
+  // The name in parentheses may hold blanks: fields are counted from its end.
+  const session = stat.slice(stat.lastIndexOf(")") + 2).split(" ")[3];
+  if (session !== String(Deno.pid)) libc().setsid();
 }

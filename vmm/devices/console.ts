@@ -1,14 +1,15 @@
 /**
  * The console device with many ports (virtio 1.2, section 5.3), each of which a Unix socket leads to.
  *
- * What goes through sockets goes between them and the guest's memory without a copy in between: no call on them blocks.
+ * What goes through sockets of Linux goes between them and the guest's memory without a copy in between: no call on them
+ * blocks.
  *
  * @module
  */
 
-import { SocketSet, type UnixListener, type UnixSocket } from "./unix_socket.ts";
-import { type DeviceContext, VIRTIO_DEVICE, type VirtioDevice, type Watcher } from "./virtio_device.ts";
 import { copySegments, drainQueue, fillSegments, sliceSegments } from "./segments.ts";
+import type { StreamListener, StreamSocket } from "./stream_sockets.ts";
+import { type DeviceContext, VIRTIO_DEVICE, type VirtioDevice } from "./virtio_device.ts";
 import {
   type DescriptorChain,
   type Segment,
@@ -48,16 +49,14 @@ export interface ConsolePortOptions {
    * other ports waits for their client, and is lost only while there is none.
    */
   readonly isConsole: boolean;
-  /** Path of the socket that leads to it, which serves one client at a time. */
-  readonly socket?: string;
+  /** The socket that leads to it, which serves one client at a time; the device closes it. */
+  readonly listener?: StreamListener;
   /** Takes a copy of all that the guest writes. */
   readonly onOutput?: (bytes: Uint8Array<ArrayBuffer>) => void;
 }
 
 /** What a {@linkcode ConsoleDevice} is given. */
 export interface ConsoleOptions {
-  /** Watches the sockets. */
-  readonly watcher: Watcher;
   /** The ports by number. The first is the console of drivers that know only one. */
   readonly ports: readonly ConsolePortOptions[];
   /** Size of the console, for drivers that know only one port; 80 by 25 unless told. */
@@ -72,8 +71,7 @@ interface Message {
 interface Port {
   readonly id: number;
   readonly options: ConsolePortOptions;
-  readonly listener: UnixListener | undefined;
-  client: UnixSocket | undefined;
+  client: StreamSocket | undefined;
   /** Whether there may be input of the client. */
   canReceive: boolean;
   /** Whether the client sends no more, and all that it sent is with the guest. */
@@ -100,16 +98,14 @@ export class ConsoleDevice implements VirtioDevice {
   readonly queueSizes: readonly number[];
   /** See {@linkcode VirtioDevice.config}: columns, rows, number of ports, and a register that is not offered. */
   readonly config: Uint8Array<ArrayBuffer> = new Uint8Array(12);
-  readonly #sockets: SocketSet;
   readonly #ports: Port[] = [];
   #context: DeviceContext | undefined;
   #timer: ReturnType<typeof setTimeout> | undefined;
 
   /**
-   * Makes a device, and begins to listen.
+   * Makes a device, and begins to take clients.
    *
    * @param options Its ports
-   * @throws {Error} If something else listens on a port's socket
    */
   constructor(options: ConsoleOptions) {
     const { columns, rows } = options.size ?? { columns: 80, rows: 25 };
@@ -122,36 +118,31 @@ export class ConsoleDevice implements VirtioDevice {
       { length: 2 * (count + 1) },
       (_, index) => index >> 1 === CONTROL_INPUT >> 1 ? CONTROL_QUEUE_SIZE : PORT_QUEUE_SIZE,
     );
-    this.#sockets = new SocketSet(options.watcher);
-    try {
-      options.ports.forEach((options, id) => {
-        const listener = options.socket === undefined ? undefined : this.#sockets.listen(options.socket);
-        const port: Port = {
-          id,
-          options,
-          listener,
-          client: undefined,
-          canReceive: false,
-          hasEnded: false,
-          hasLeft: false,
-          isReady: false,
-          isOpen: false,
-          messages: [],
-          sent: 0,
-        };
-        this.#ports.push(port);
-        if (listener) {
-          listener.onChange = () =>
-            this.#guard(() => {
-              this.#accept(port);
-              this.#serve(port);
-            });
-        }
-      });
-    } catch (error) {
-      this[Symbol.dispose]();
-      throw error;
-    }
+    options.ports.forEach((options, id) => {
+      const port: Port = {
+        id,
+        options,
+        client: undefined,
+        canReceive: false,
+        hasEnded: false,
+        hasLeft: false,
+        isReady: false,
+        isOpen: false,
+        messages: [],
+        sent: 0,
+      };
+      this.#ports.push(port);
+      const { listener } = options;
+      if (!listener) return;
+      const take = () =>
+        this.#guard(() => {
+          this.#accept(port);
+          this.#serve(port);
+        });
+      listener.onChange = take;
+      // Some may have come already.
+      take();
+    });
   }
 
   /**
@@ -220,7 +211,10 @@ export class ConsoleDevice implements VirtioDevice {
   [Symbol.dispose](): void {
     this.#context = undefined;
     clearTimeout(this.#timer);
-    this.#sockets[Symbol.dispose]();
+    for (const { client, options } of this.#ports) {
+      client?.[Symbol.dispose]();
+      options.listener?.[Symbol.dispose]();
+    }
   }
 
   /** Does something that a guest can let fail. */
@@ -270,7 +264,7 @@ export class ConsoleDevice implements VirtioDevice {
 
   #accept(port: Port): void {
     if (port.client) return;
-    port.client = port.listener?.accept();
+    port.client = port.options.listener?.accept();
     if (!port.client) return;
     port.hasEnded = port.hasLeft = false;
     port.canReceive = true;

@@ -345,6 +345,58 @@ Deno.test("Virtqueue goes on when its indices wrap", () => {
   }
 });
 
+for (const features of [0n, VIRTIO_F_EVENT_IDX]) {
+  Deno.test(`Virtqueue goes on with saved rings, with features 0x${features.toString(16)}`, () => {
+    using b = bench(4, features);
+    const part = { address: b.arena.take(10), length: 10 };
+    const use = (queue: Virtqueue) => {
+      const { head } = queue.pop()!;
+      queue.push(head, 0);
+      return head;
+    };
+    // As many rounds as it takes for the indices to wrap afterwards.
+    for (let count = 0; count < 65_530; count++) {
+      b.driver.add([part]);
+      b.driver.publish();
+      use(b.queue);
+      b.driver.takeUsed();
+    }
+    const given = [b.driver.add([part]), b.driver.add([part]), b.driver.add([part])];
+    b.driver.publish();
+    assert.equal(use(b.queue), given[0]);
+    // What was taken and put back counts as not taken.
+    b.queue.pop();
+    b.queue.unpop();
+    const { size, descriptorTable, availableRing, usedRing } = b.queue;
+    const queue = Object.assign(new Virtqueue(b.memory, 0, 8), {
+      ...{ size, descriptorTable, availableRing, usedRing },
+      isReady: true,
+    });
+    queue.resume(features);
+    assert.equal(queue.hasPending, true);
+    assert.deepEqual([use(queue), use(queue)], given.slice(1));
+    assert.equal(queue.hasPending, false);
+    b.driver.setInterrupt(true);
+    assert.equal(queue.needsInterrupt(), true, "whatever the saved one has told of");
+    assert.deepEqual(b.driver.takeUsed().map(({ head }) => head), given);
+    for (let count = 0; count < 20; count++) {
+      queue.setNotification(true);
+      b.driver.setInterrupt(true);
+      const head = b.driver.add([part]);
+      assert.equal(b.driver.publish(), true);
+      assert.equal(use(queue), head);
+      assert.equal(queue.needsInterrupt(), true);
+      assert.deepEqual(b.driver.takeUsed(), [{ head, written: 0 }]);
+      assert.equal(queue.needsInterrupt(), features === 0n, "for nothing new, only where no index says so");
+    }
+    // Rings that cannot be are refused as at a start.
+    queue.usedRing = MEMORY;
+    assert.throws(() => queue.resume(features), GuestMemoryError);
+    queue.size = 3;
+    assert.throws(() => queue.resume(features), VirtqueueError);
+  });
+}
+
 Deno.test("Virtqueue survives rings of garbage", () => {
   const random = seededRandom(7);
   let taken = 0;

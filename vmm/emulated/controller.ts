@@ -226,7 +226,11 @@ export class EmulatedController implements Controller {
         const call = this.#calls.get(message.number);
         this.#calls.delete(message.number);
         this.#state = message.state;
-        if (!this.#report.end) this.#report = message.report;
+        // Its end is told by a message of its own, which may come later.
+        if (!this.#report.end) {
+          const { uptime, exits } = message.report;
+          this.#report = { uptime, exits };
+        }
         if (!message.failure) return call?.resolve(message.value);
         const { message: words, isMachineError } = message.failure;
         return call?.reject(isMachineError ? new MachineError(words) : new Error(words));

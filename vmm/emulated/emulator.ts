@@ -6,10 +6,11 @@
  * @module
  */
 
-import { setImmediate, setTimeout } from "node:timers";
+import { setTimeout } from "node:timers";
 import { GuestMemory } from "../devices/guest_memory.ts";
 import { MachineError } from "../errors.ts";
 import { importNpm } from "../images/npm_library.ts";
+import { InputTurn } from "./input_turn.ts";
 
 /** Which emulator it is, and which of its saved states it can take. */
 export const EMULATOR_VERSION = "0.5.462";
@@ -213,9 +214,17 @@ export class Emulator {
   readonly #processor: Processor;
   readonly #functions: EmulatedFunction[];
   readonly #raised = LINES.map(() => new Set<number>());
+  readonly #turn: InputTurn;
 
-  private constructor(emulator: V86, length: number, functions: EmulatedFunction[], events: EmulatorEvents) {
+  private constructor(
+    emulator: V86,
+    length: number,
+    functions: EmulatedFunction[],
+    events: EmulatorEvents,
+    turn: InputTurn,
+  ) {
     this.#emulator = emulator;
+    this.#turn = turn;
     this.#functions = functions;
     this.#processor = emulator.v86.cpu;
     this.#processor.reboot_internal = () => events.onReset();
@@ -231,7 +240,7 @@ export class Emulator {
           events.onCrash(error instanceof Error ? error.message : String(error));
         }
       };
-      if (milliseconds <= 0) setImmediate(goOn);
+      if (milliseconds <= 0) void turn.take().then(goOn);
       else setTimeout(goOn, Math.ceil(milliseconds));
     };
   }
@@ -262,7 +271,7 @@ export class Emulator {
       acpi: false,
     });
     await new Promise<void>((resolve) => emulator.add_listener("emulator-loaded", () => resolve()));
-    return new Emulator(emulator, length, functions, events);
+    return new Emulator(emulator, length, functions, events, await InputTurn.create());
   }
 
   /**
@@ -379,6 +388,7 @@ export class Emulator {
   /** Ends it. */
   async destroy(): Promise<void> {
     await this.#emulator.destroy();
+    this.#turn[Symbol.dispose]();
   }
 }
 

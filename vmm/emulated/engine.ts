@@ -6,6 +6,7 @@
 
 import { createHash } from "node:crypto";
 import { join } from "node:path";
+import { isRunning } from "../../planner/mod.ts";
 import type {
   Capabilities,
   Engine,
@@ -14,12 +15,16 @@ import type {
   MachineSpec,
   MachineStatus,
   OperationOptions,
+  UpdateResult,
 } from "../engine.ts";
-import { DATA_CHANNELS, delay, listMachines, machineIds } from "../file_machine.ts";
+import { DATA_CHANNELS, delay, listMachines, machineIds, readJson } from "../file_machine.ts";
+import { endPasst, startPasst } from "../net/passt.ts";
 import { ensureUserNetwork, releaseUserNetwork } from "../net/user_network_client.ts";
+import { userNetworkFiles } from "../net/user_network_protocol.ts";
 import { hostPaths, type Paths } from "../paths.ts";
 import { machineConfiguration, SupervisedMachine } from "../supervised_machine.ts";
 import type { WarmStart } from "../supervisor/config.ts";
+import type { RunFile } from "../supervisor/supervisor.ts";
 import { EMULATOR_VERSION } from "./emulator.ts";
 
 /** Most memory of a machine, in bytes: the emulator addresses no more. */
@@ -54,18 +59,17 @@ export class EmulatedEngine implements Engine {
   }
 
   /**
-   * Tells whether it can run what is asked for. It needs nothing of the host but Linux on x86-64, so far.
+   * Tells whether it can run what is asked for. It needs nothing of the host but Unix sockets.
    *
    * @param options What the machine needs
    * @returns What was found
    */
   probe(options: OperationOptions & { needs?: MachineNeeds } = {}): Promise<Capabilities> {
     const { needs } = options;
-    const platform = `${Deno.build.os} on ${Deno.build.arch}`;
     const detail =
       `an emulated 32-bit PC (v86 ${EMULATOR_VERSION}) with one vCPU: slow, and needs nothing installed`;
-    const reason = Deno.build.os !== "linux" || Deno.build.arch !== "x86_64"
-      ? `its devices work on Linux on x86_64 only, and this is ${platform}`
+    const reason = Deno.build.os === "windows"
+      ? "its devices lead to Unix sockets, which Deno does not have on Windows"
       : (needs?.cpus ?? 1) > 1
       ? "an emulated machine has one vCPU: set cpus to 1"
       : (needs?.memory ?? 0) > MAX_MEMORY
@@ -120,6 +124,41 @@ export class EmulatedMachine extends SupervisedMachine {
     this.#options = options;
   }
 
+  /**
+   * Looks how it is. One that has lost a network's process is no better than one that has crashed.
+   *
+   * @returns Its status
+   */
+  override async status(): Promise<MachineStatus> {
+    const status = await super.status();
+    if (status.state !== "running") return status;
+    const spec = await this.spec();
+    for (const nic of spec?.nics ?? []) {
+      const { run } = userNetworkFiles(networkFolder(this.paths, spec!, nic));
+      const file = await readJson<RunFile>(run);
+      if (file?.process && isRunning(file.process)) continue;
+      return { ...status, state: "crashed", detail: `the process of its network "${nic.network}" is gone` };
+    }
+    return status;
+  }
+
+  /**
+   * Makes it be as a spec says. Networks that are gone come back without a restart.
+   *
+   * @param spec What it should be made of
+   * @param options Signal and progress, and how long a shutdown may take, in milliseconds, where it takes a restart
+   * @returns Whether it was restarted
+   */
+  override async update(
+    spec: MachineSpec,
+    options: OperationOptions & { shutdownTimeout?: number } = {},
+  ): Promise<UpdateResult> {
+    const current = await this.spec();
+    if (!current || !(await this.isAlive())) return await super.update(spec, options);
+    await using _networks = await this.#openNetworks(current, options);
+    return await super.update(spec, options);
+  }
+
   /** What the supervisor starts it from: NICs are ports of networks in user space. */
   protected configure(spec: MachineSpec): unknown {
     const warmStart = this.#warmStart(spec);
@@ -137,6 +176,24 @@ export class EmulatedMachine extends SupervisedMachine {
 
   /** Starts it in a process of its own, and its networks where they are not there. */
   protected async launch(spec: MachineSpec, options: OperationOptions): Promise<void> {
+    // Of a machine that does not start, nothing stays.
+    await using started = new AsyncDisposableStack();
+    started.defer(() => this.release(spec));
+    await using _networks = await this.#openNetworks(spec, options);
+    for (const nic of spec.nics) {
+      const folder = networkFolder(this.paths, spec, nic);
+      started.defer(() => endPasst(folder, nic.ip));
+      if (nic.nat) await startPasst(folder, nic, options);
+    }
+    await Deno.mkdir(statesFolder(this.paths), { recursive: true, mode: 0o700 });
+    options.report?.("booting in the emulator");
+    // The better code of the slower compiler comes too late for most of what a guest runs, and takes twice the memory.
+    await this.launchAlone(spec, options, ["--v8-flags=--liftoff-only"]);
+    started.move();
+  }
+
+  /** Starts the processes of its networks that are not there, and keeps them while nobody is connected. */
+  async #openNetworks(spec: MachineSpec, options: OperationOptions): Promise<AsyncDisposable> {
     await using networks = new AsyncDisposableStack();
     const sandbox = (spec.engine as { readonly sandbox?: boolean }).sandbox ?? true;
     for (const nic of new Map(spec.nics.map((each) => [each.network, each])).values()) {
@@ -144,10 +201,7 @@ export class EmulatedMachine extends SupervisedMachine {
       const folder = networkFolder(this.paths, spec, nic);
       networks.use(await ensureUserNetwork(folder, { cidr, gateway, dns, nat }, { ...options, sandbox }));
     }
-    await Deno.mkdir(statesFolder(this.paths), { recursive: true, mode: 0o700 });
-    options.report?.("booting in the emulator");
-    // The better code of the slower compiler comes too late for most of what a guest runs, and takes twice the memory.
-    await this.launchAlone(spec, options, ["--v8-flags=--liftoff-only"]);
+    return networks.move();
   }
 
   /** A network that no machine uses any more leaves nothing on the host. */

@@ -4,15 +4,19 @@
  * @module
  */
 
+import { isKnownSystem } from "../../ffi/mod.ts";
+import type { BlockFile } from "../devices/block_file.ts";
 import { FrameNetDevice } from "../devices/frame_net.ts";
 import type { GuestMemory } from "../devices/guest_memory.ts";
+import { PlainFile } from "../devices/plain_file.ts";
 import { RateLimiter } from "../devices/rate_limiter.ts";
+import { PortableSockets } from "../devices/stream_sockets.ts";
+import type { VirtioDevice } from "../devices/virtio_device.ts";
 import { MachineError } from "../errors.ts";
-import type { EventLoop } from "../event_loop.ts";
 import type { MachineParts } from "../machine_host.ts";
 import { UserNetworkPort } from "../net/user_network_client.ts";
 import type { BootableConfiguration, PortForward, WarmStart } from "../supervisor/config.ts";
-import type { MachineNics, NicDevice, Platform } from "../supervisor/controller.ts";
+import type { DriveOptions, MachineNics, NicDevice, Platform } from "../supervisor/controller.ts";
 import type { Log } from "../supervisor/log.ts";
 import { readState } from "./saved_state.ts";
 import { EmulatedPc, EmulatedVmm } from "./vmm.ts";
@@ -22,16 +26,12 @@ import { TEMPLATE_WORD } from "./warm_start.ts";
 export interface EmulatedPlatformOptions {
   /** Identity of the machine. */
   readonly id: string;
-  /** Watches sockets. */
-  readonly loop: EventLoop;
   /** Takes what happens to networks. */
   readonly log: Pick<Log, "info" | "warn">;
 }
 
 /** Runs one machine in an emulator. */
 export class EmulatedPlatform implements Platform<EmulatedVmm> {
-  /** See {@linkcode Platform.watcher}. */
-  readonly watcher: EventLoop;
   readonly #options: EmulatedPlatformOptions;
   #pc: EmulatedPc | undefined;
   #warmStart: WarmStart | undefined;
@@ -40,11 +40,10 @@ export class EmulatedPlatform implements Platform<EmulatedVmm> {
   /**
    * Makes nothing yet.
    *
-   * @param options Identity, loop and log
+   * @param options Identity and log
    */
   constructor(options: EmulatedPlatformOptions) {
     this.#options = options;
-    this.watcher = options.loop;
   }
 
   /** Whether the machine went on from what another one had booted to. */
@@ -64,6 +63,54 @@ export class EmulatedPlatform implements Platform<EmulatedVmm> {
     resources.defer(() => void pc[Symbol.asyncDispose]());
     this.#pc = pc;
     return pc.emulator.memory;
+  }
+
+  /**
+   * See {@linkcode Platform.openSockets}.
+   *
+   * @returns Makes sockets
+   */
+  openSockets(): PortableSockets {
+    return new PortableSockets();
+  }
+
+  /**
+   * See {@linkcode Platform.openDrive}. Disks of images are of a format that takes more than Deno has.
+   *
+   * @param path Path of the file
+   * @param options How
+   * @returns The file
+   */
+  async openDrive(path: string, options: DriveOptions): Promise<BlockFile> {
+    if (options.format === "raw" && !options.isDirect) return new PlainFile(path, options);
+    const what = options.format === "raw" ? "past the page cache" : `in the format ${options.format}`;
+    refuseUnknownSystem(`use the disk "${path}" ${what}`);
+    const { openBlockFile } = await import("../devices/qcow2_file.ts");
+    return openBlockFile(path, options);
+  }
+
+  /**
+   * See {@linkcode Platform.openVsock}.
+   *
+   * @param guestCid Address of the guest
+   * @param path Path of the socket that leads to it
+   * @param resources Ends the loop that watches its sockets
+   * @returns The device
+   */
+  async openVsock(guestCid: number, path: string, resources: DisposableStack): Promise<VirtioDevice> {
+    refuseUnknownSystem("make a vsock");
+    const [{ EventLoop }, { VsockDevice }] = await Promise.all([
+      import("../event_loop.ts"),
+      import("../devices/vsock.ts"),
+    ]);
+    const loop = new EventLoop();
+    let hasEnded = false;
+    void loop.run(() => hasEnded).then(() => loop[Symbol.dispose]());
+    resources.defer(() => {
+      hasEnded = true;
+      loop.wake();
+    });
+    return new VsockDevice({ guestCid, path, watcher: loop });
   }
 
   /**
@@ -136,8 +183,16 @@ export class EmulatedPlatform implements Platform<EmulatedVmm> {
       if (!state) return vmm;
       await vmm.restore(state);
       this.#isWarm = true;
+      this.#options.log.info(`it goes on from the saved state ${warmStart.state}`);
     } catch (error) {
-      if (!(error instanceof MachineError)) throw error;
+      if (!(error instanceof MachineError)) {
+        // The emulator is of no use any more.
+        await Deno.remove(warmStart.state);
+        throw new MachineError(
+          `Cannot go on from the saved state "${warmStart.state}", which was removed: run apply again, to boot cold`,
+          { cause: error },
+        );
+      }
       this.#options.log.warn(`${error.message}: it boots cold`);
     }
     return vmm;
@@ -146,4 +201,13 @@ export class EmulatedPlatform implements Platform<EmulatedVmm> {
 
 function forwardsTo(forwards: readonly PortForward[], ip: string): PortForward[] {
   return forwards.filter(({ guestIp }) => guestIp === ip);
+}
+
+/** Some of what devices can do takes calls of the kernel. */
+function refuseUnknownSystem(action: string): void {
+  if (isKnownSystem()) return;
+  throw new MachineError(
+    `Cannot ${action} for an emulated machine on ${Deno.build.os} on ${Deno.build.arch} as it takes Linux on x86_64: ` +
+      `do without, or choose another engine`,
+  );
 }

@@ -6,7 +6,6 @@
  */
 
 import { MachineError } from "../errors.ts";
-import { EventLoop } from "../event_loop.ts";
 import type { BootableConfiguration, LoggerConfiguration } from "../supervisor/config.ts";
 import { MachineController } from "../supervisor/controller.ts";
 import type { Failure, FromWorker, ToWorker } from "./messages.ts";
@@ -36,10 +35,7 @@ class Machine {
   #confined = Promise.withResolvers<boolean>();
 
   constructor(id: string) {
-    const loop = new EventLoop();
-    let hasEnded = false;
-    void loop.run(() => hasEnded);
-    this.#platform = new EmulatedPlatform({ id, loop, log });
+    this.#platform = new EmulatedPlatform({ id, log });
     this.controller = new MachineController({
       id,
       log,
@@ -49,11 +45,7 @@ class Machine {
         scope.postMessage({ type: "confine", files, memory });
         return this.#confined.promise;
       },
-      onEnd: (end) => {
-        hasEnded = true;
-        loop.wake();
-        scope.postMessage({ type: "end", end, report: this.controller.report() });
-      },
+      onEnd: (end) => scope.postMessage({ type: "end", end, report: this.controller.report() }),
     });
   }
 

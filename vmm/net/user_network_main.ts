@@ -12,12 +12,12 @@
 import { dirname } from "node:path";
 import { parseArgs } from "node:util";
 import { parseCidr, parseIpv4 } from "../../dsl/mod.ts";
-import { libc } from "../../ffi/mod.ts";
 import { identifyProcess } from "../../planner/mod.ts";
+import { leaveTerminal } from "../detached.ts";
 import { MachineError } from "../errors.ts";
 import { lockFile, writeWhole } from "../files.ts";
 import { Log } from "../supervisor/log.ts";
-import { enterSandbox, type SandboxLayer } from "../supervisor/sandbox.ts";
+import { enterSandboxIfKnown } from "../supervisor/sandbox.ts";
 import type { RunFile } from "../supervisor/supervisor.ts";
 import { UserNetwork } from "./user_network.ts";
 import { userNetworkFiles, type UserNetworkSpec } from "./user_network_protocol.ts";
@@ -79,8 +79,7 @@ export async function main(args: readonly string[]): Promise<number> {
   const spec: UserNetworkSpec = { cidr, gateway, dns, nat: !values["no-nat"] };
   parseCidr(cidr);
   for (const address of [gateway, dns]) parseIpv4(address);
-  // A process that is started detached has a session of its own; where it is not, the C library may be unknown.
-  if (values.detach && Deno.build.os === "linux") libc().setsid();
+  if (values.detach) leaveTerminal();
   // Sockets and logs are their owner's only.
   Deno.umask(0o077);
   const path = values["log-path"];
@@ -132,22 +131,13 @@ async function lockProcess(path: string, { cidr }: UserNetworkSpec): Promise<Dis
 
 /** Gives up what is not needed: guests speak to this process, and it speaks to the Internet for them. */
 function confine(folder: string, log: Log): void {
-  if (Deno.build.os !== "linux" || Deno.build.arch !== "x86_64") {
-    return log.warn(
-      "there is no sandbox, as it is made for Linux on x86-64: the process keeps the user's rights",
-    );
-  }
   try {
     // Forwards may be to low ports, where the user has that right.
-    const report = enterSandbox({
+    enterSandboxIfKnown({
       folder,
       readOnly: resolverFolder(),
       keepCapabilities: ["NET_BIND_SERVICE"],
-    });
-    for (const [name, { applied, detail }] of Object.entries(report) as [string, SandboxLayer][]) {
-      if (applied) log.info(`sandbox, ${name}: ${detail}`);
-      else if (name !== "cgroup") log.warn(`sandbox without ${name}: ${detail}`);
-    }
+    }, log);
   } catch (error) {
     log.warn(`the sandbox is not complete: ${(error as Error).message}`);
   }

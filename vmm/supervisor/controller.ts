@@ -7,13 +7,13 @@
 import { dirname } from "node:path";
 import { BalloonDevice } from "../devices/balloon.ts";
 import { BlockDevice } from "../devices/block.ts";
-import { ConsoleDevice } from "../devices/console.ts";
+import type { BlockFile } from "../devices/block_file.ts";
+import { ConsoleDevice, type ConsolePortOptions } from "../devices/console.ts";
 import type { GuestMemory } from "../devices/guest_memory.ts";
-import { openBlockFile } from "../devices/qcow2_file.ts";
 import { RateLimiter } from "../devices/rate_limiter.ts";
 import { EntropyDevice } from "../devices/rng.ts";
-import { VsockDevice } from "../devices/vsock.ts";
-import type { VirtioDevice, Watcher } from "../devices/virtio_device.ts";
+import type { StreamSockets } from "../devices/stream_sockets.ts";
+import type { VirtioDevice } from "../devices/virtio_device.ts";
 import { MachineError } from "../errors.ts";
 import type { EndReason, MachineParts, MachineVmm, VmmDevice } from "../machine_host.ts";
 import type { Controller } from "./api.ts";
@@ -62,10 +62,48 @@ export interface MachineNics {
   setForwards(forwards: readonly PortForward[]): Promise<void>;
 }
 
+/** How to open the file of a disk. */
+export interface DriveOptions {
+  /** Memory of the guest. */
+  readonly memory: GuestMemory;
+  /** How the disk is kept in the file. */
+  readonly format: "raw" | "qcow2";
+  /** Whether not to write. */
+  readonly isReadOnly: boolean;
+  /** Whether to go past the page cache. */
+  readonly isDirect: boolean;
+}
+
 /** What executes the code of guests, and connects them. */
 export interface Platform<Vmm extends MachineVmm> {
-  /** Watches what devices wait for. */
-  readonly watcher: Watcher;
+  /**
+   * Begins without sockets.
+   *
+   * @returns Makes the sockets of a machine's console
+   */
+  openSockets(): StreamSockets;
+  /**
+   * Opens the file of a disk.
+   *
+   * @param path Path of the file
+   * @param options How
+   * @returns The file
+   * @throws {Error} If it cannot be opened, or others use it in a way that does not go together with this
+   */
+  openDrive(path: string, options: DriveOptions): BlockFile | Promise<BlockFile>;
+  /**
+   * Makes the device of a vsock.
+   *
+   * @param guestCid Address of the guest
+   * @param path Path of the socket that leads to it
+   * @param resources Disposes what it needs
+   * @returns The device
+   */
+  openVsock(
+    guestCid: number,
+    path: string,
+    resources: DisposableStack,
+  ): VirtioDevice | Promise<VirtioDevice>;
   /**
    * Makes memory for a guest.
    *
@@ -368,7 +406,6 @@ export class MachineController<Vmm extends MachineVmm = MachineVmm> implements C
     resources: DisposableStack,
   ): Promise<Run<Vmm>> {
     const { platform, log } = this.#options;
-    const { watcher } = platform;
     const { machine, bootSource, hypertopia } = configuration;
     const { memory, drives, nics } = parts;
     const devices: VmmDevice[] = [];
@@ -382,24 +419,23 @@ export class MachineController<Vmm extends MachineVmm = MachineVmm> implements C
     const output = this.#openConsole(configuration, resources);
     if (hypertopia.console || hypertopia.channels) {
       const { channels } = hypertopia;
-      const ports = [
-        {
-          isConsole: true,
-          ...(hypertopia.console ? { socket: hypertopia.console.socket } : {}),
-          onOutput: output,
-        },
-        ...(channels
-          ? [
-            { isConsole: true, socket: channels.control },
-            ...channels.data.flatMap((socket, index) => [
-              { name: `hypertopia.${index}`, isConsole: false, socket },
-              { name: `hypertopia.${index}.err`, isConsole: false, socket: channels.errors[index]! },
-            ]),
-          ]
-          : []),
-      ];
+      const sockets = resources.use(platform.openSockets());
+      const listen = async (path: string) => ({ listener: await sockets.listen(path) });
+      const ports: ConsolePortOptions[] = [{
+        isConsole: true,
+        ...(hypertopia.console ? await listen(hypertopia.console.socket) : {}),
+        onOutput: output,
+      }];
+      if (channels) {
+        ports.push({ isConsole: true, ...await listen(channels.control) });
+        for (const [index, path] of channels.data.entries()) {
+          const name = `hypertopia.${index}`;
+          ports.push({ name, isConsole: false, ...await listen(path) });
+          ports.push({ name: `${name}.err`, isConsole: false, ...await listen(channels.errors[index]!) });
+        }
+      }
       // One vector for all queues: each more costs the guest exits at boot, and this is no device for speed.
-      add("console", new ConsoleDevice({ watcher, ports }), 2);
+      add("console", new ConsoleDevice({ ports }), 2);
     }
     if (configuration.entropy) {
       const { rateLimiter } = configuration.entropy;
@@ -418,7 +454,7 @@ export class MachineController<Vmm extends MachineVmm = MachineVmm> implements C
       );
     if (configuration.vsock) {
       const { guestCid, udsPath: path } = configuration.vsock;
-      add("vsock", new VsockDevice({ guestCid, path, watcher }));
+      add("vsock", await platform.openVsock(guestCid, path, resources));
     }
     const initramfs = bootSource.initrdPath === undefined ? [] : [bootSource.initrdPath];
     const { warmStart } = hypertopia;
@@ -464,7 +500,12 @@ export class MachineController<Vmm extends MachineVmm = MachineVmm> implements C
     for (const { id, pathOnHost: path, format, isReadOnly, ...drive } of configuration.drives) {
       const device = resources.use(
         new BlockDevice({
-          file: openFile(path, { memory, format, isReadOnly, isDirect: drive.isDirect ?? false }),
+          file: await this.#openDrive(path, {
+            memory,
+            format,
+            isReadOnly,
+            isDirect: drive.isDirect ?? false,
+          }),
           serial: drive.serial ?? id.slice(0, MAX_SERIAL),
           cache: drive.cacheType === "Unsafe" ? "unsafe" : "writeback",
           onError: (reason) => this.#options.log.warn(`drive ${id}: ${reason}`),
@@ -475,6 +516,15 @@ export class MachineController<Vmm extends MachineVmm = MachineVmm> implements C
       drives.set(id, { device, path });
     }
     return drives;
+  }
+
+  /** What is wrong with a file is for whoever configured it to know. */
+  async #openDrive(path: string, options: DriveOptions): Promise<BlockFile> {
+    try {
+      return await this.#options.platform.openDrive(path, options);
+    } catch (cause) {
+      throw new MachineError(cause instanceof Error ? cause.message : String(cause), { cause });
+    }
   }
 
   /** Where the guest's console goes: its log, the file that the configuration names, or standard output. */
@@ -521,14 +571,5 @@ export class MachineController<Vmm extends MachineVmm = MachineVmm> implements C
       }
       this.#options.onEnd(end);
     });
-  }
-}
-
-/** What is wrong with a file is for whoever configured it to know. */
-function openFile(...args: Parameters<typeof openBlockFile>): ReturnType<typeof openBlockFile> {
-  try {
-    return openBlockFile(...args);
-  } catch (cause) {
-    throw new MachineError(cause instanceof Error ? cause.message : String(cause), { cause });
   }
 }

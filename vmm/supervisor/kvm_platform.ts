@@ -13,10 +13,14 @@ import {
   VCPU_THREAD_POLICY,
   writeFilter,
 } from "../../ffi/mod.ts";
+import type { BlockFile } from "../devices/block_file.ts";
 import type { GuestMemory } from "../devices/guest_memory.ts";
 import { NetDevice } from "../devices/net.ts";
+import { openBlockFile } from "../devices/qcow2_file.ts";
 import { RateLimiter } from "../devices/rate_limiter.ts";
 import { SharedMemory } from "../devices/shared_memory.ts";
+import { SocketSet } from "../devices/unix_socket.ts";
+import { VsockDevice } from "../devices/vsock.ts";
 import { EventLoop } from "../event_loop.ts";
 import { Kvm } from "../kvm/vm.ts";
 import { Vmm } from "../kvm/vmm.ts";
@@ -24,7 +28,13 @@ import type { MachineParts } from "../machine_host.ts";
 import { dnsForwards, PortForwards } from "../net/forward.ts";
 import { type BridgeSpec, HostNetwork } from "../net/host_network.ts";
 import type { BootableConfiguration } from "./config.ts";
-import { MachineController, type MachineNics, type NicDevice, type Platform } from "./controller.ts";
+import {
+  type DriveOptions,
+  MachineController,
+  type MachineNics,
+  type NicDevice,
+  type Platform,
+} from "./controller.ts";
 import type { ControllerHost, HostedMachine } from "./supervisor.ts";
 
 const PAGE = 4096;
@@ -83,8 +93,6 @@ export class KvmHost implements ControllerHost {
 
 /** Runs machines on `/dev/kvm`. */
 export class KvmPlatform implements Platform<Vmm> {
-  /** See {@linkcode Platform.watcher}. */
-  readonly watcher: EventLoop;
   readonly #options: KvmPlatformOptions;
 
   /**
@@ -94,7 +102,37 @@ export class KvmPlatform implements Platform<Vmm> {
    */
   constructor(options: KvmPlatformOptions) {
     this.#options = options;
-    this.watcher = options.loop;
+  }
+
+  /**
+   * See {@linkcode Platform.openSockets}.
+   *
+   * @returns Makes sockets
+   */
+  openSockets(): SocketSet {
+    return new SocketSet(this.#options.loop);
+  }
+
+  /**
+   * See {@linkcode Platform.openDrive}.
+   *
+   * @param path Path of the file
+   * @param options How
+   * @returns The file
+   */
+  openDrive(path: string, options: DriveOptions): BlockFile {
+    return openBlockFile(path, options);
+  }
+
+  /**
+   * See {@linkcode Platform.openVsock}.
+   *
+   * @param guestCid Address of the guest
+   * @param path Path of the socket that leads to it
+   * @returns The device
+   */
+  openVsock(guestCid: number, path: string): VsockDevice {
+    return new VsockDevice({ guestCid, path, watcher: this.#options.loop });
   }
 
   /**

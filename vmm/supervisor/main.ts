@@ -10,7 +10,7 @@
  */
 
 import { parseArgs } from "node:util";
-import { libc } from "../../ffi/mod.ts";
+import { leaveTerminal } from "../detached.ts";
 import { MachineError } from "../errors.ts";
 import { identifyProcess } from "../../planner/mod.ts";
 import { removeIfThere, writeWhole } from "../files.ts";
@@ -107,7 +107,7 @@ export async function main(args: readonly string[]): Promise<number> {
   if (level !== undefined && !LOG_LEVELS.includes(level)) {
     throw new MachineError(`Cannot log at level "${level}": give one of ${LOG_LEVELS.join(", ")}`);
   }
-  if (values.detach && Deno.build.os === "linux") libc().setsid();
+  if (values.detach) leaveTerminal();
   // Sockets and logs are their owner's only.
   Deno.umask(0o077);
   const path = values["log-path"];

@@ -12,6 +12,7 @@ import {
   compileFilter,
   dropCapabilities,
   installFilter,
+  isKnownSystem,
   KVM,
   restrictFiles,
   type SeccompPolicy,
@@ -20,6 +21,7 @@ import {
   TUN,
   VHOST,
 } from "../../ffi/mod.ts";
+import type { Log } from "./log.ts";
 import { isBusy } from "../files.ts";
 
 /** One layer of a sandbox. */
@@ -350,4 +352,27 @@ export function enterSandbox(options: SandboxOptions): SandboxReport {
         : `other system calls kill the process (${program.length / 8} instructions)`,
     },
   };
+}
+
+/**
+ * Enters the sandbox on systems that it is made for, and tells what became of it.
+ *
+ * @param options What is kept
+ * @param log Takes what is in place, and what is not
+ * @returns What it consists of; undefined where there is none
+ */
+export function enterSandboxIfKnown(
+  options: SandboxOptions,
+  log: Pick<Log, "info" | "warn">,
+): SandboxReport | undefined {
+  if (!isKnownSystem()) {
+    log.warn("there is no sandbox, as it is made for Linux on x86-64: the process keeps the user's rights");
+    return undefined;
+  }
+  const report = enterSandbox(options);
+  for (const [name, { applied, detail }] of Object.entries(report) as [string, SandboxLayer][]) {
+    if (applied) log.info(`sandbox, ${name}: ${detail}`);
+    else if (name !== "cgroup" || options.cgroup) log.warn(`sandbox without ${name}: ${detail}`);
+  }
+  return report;
 }

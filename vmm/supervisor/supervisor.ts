@@ -14,7 +14,7 @@ import { Api, type Controller } from "./api.ts";
 import { checkFiles, DEFAULT_CONFIGURATION, type MachineEnd, parseConfigFile } from "./config.ts";
 import type { ControllerOptions, SandboxFiles } from "./controller.ts";
 import type { Log } from "./log.ts";
-import { enterSandbox, type SandboxLayer, type SandboxOptions } from "./sandbox.ts";
+import { enterSandboxIfKnown, type SandboxOptions } from "./sandbox.ts";
 
 /** The file that tells who runs a machine, and how its last run ended. */
 export interface RunFile {
@@ -219,27 +219,27 @@ export class Supervisor implements Disposable {
     const { isSandboxed, shared, log } = this.#options;
     if (!isSandboxed) return false;
     if (this.#isConfined) return true;
-    this.#isConfined = true;
     const folder = dirname(socket);
-    const report = shared
-      ? enterSandbox({
-        folder,
-        readOnly: [...shared.readOnly, ...files.readOnly],
-        readWrite: [...shared.readWrite, ...files.readWrite, ...DEVICES],
-        // Later machines need taps, which they plug into bridges, and serve names to guests.
-        keepCapabilities: ["NET_ADMIN", "NET_BIND_SERVICE"],
-        allow: [
-          { calls: ["ioctl"], when: PLUG_REQUESTS.map((equal) => [{ argument: 1, equal, bits: 32 }]) },
-          // Sockets are made for their owner only.
-          { calls: ["chmod"], when: [[{ argument: 1, equal: 0o600, bits: 32 }]] },
-        ],
-      })
-      : enterSandbox({ folder, ...files });
+    const report = enterSandboxIfKnown(
+      shared
+        ? {
+          folder,
+          readOnly: [...shared.readOnly, ...files.readOnly],
+          readWrite: [...shared.readWrite, ...files.readWrite, ...DEVICES],
+          // Later machines need taps, which they plug into bridges, and serve names to guests.
+          keepCapabilities: ["NET_ADMIN", "NET_BIND_SERVICE"],
+          allow: [
+            { calls: ["ioctl"], when: PLUG_REQUESTS.map((equal) => [{ argument: 1, equal, bits: 32 }]) },
+            // Sockets are made for their owner only.
+            { calls: ["chmod"], when: [[{ argument: 1, equal: 0o600, bits: 32 }]] },
+          ],
+        }
+        : { folder, ...files },
+      log,
+    );
+    if (!report) return false;
+    this.#isConfined = true;
     this.#cgroup = report.cgroup.folder;
-    for (const [name, { applied, detail }] of Object.entries(report) as [string, SandboxLayer][]) {
-      if (applied) log.info(`sandbox, ${name}: ${detail}`);
-      else log.warn(`sandbox without ${name}: ${detail}`);
-    }
     return true;
   }
 }
