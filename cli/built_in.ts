@@ -40,12 +40,17 @@ export function builtInEngines(paths: Paths = hostPaths(), options: EmulatedEngi
  *
  * @param options The user's engines and builders
  * @param paths Folders of this host
+ * @param emulated Whether emulated machines use saved states, where the engines are the built-in ones
  * @returns Kinds by name
  */
-export function builtInKinds(options: CliOptions = {}, paths: Paths = hostPaths()): Map<string, AnyKind> {
+export function builtInKinds(
+  options: CliOptions = {},
+  paths: Paths = hostPaths(),
+  emulated: EmulatedEngineOptions = {},
+): Map<string, AnyKind> {
   return machineKinds({
     paths,
-    engines: options.engines ?? builtInEngines(paths),
+    engines: options.engines ?? builtInEngines(paths, emulated),
     images: [debianBuilder, directoryBuilder, imageBuilder, ...(options.images ?? [])],
     kernels: [debianKernelBuilder, hostKernelBuilder, ...(options.kernels ?? [])],
   });

@@ -58,9 +58,16 @@ export async function doctor(isJson: boolean, context: RunContext, style: Style)
   }
   io.out(
     chosen
-      ? `  auto() takes ${style.bold(chosen)}.\n`
+      ? `  auto() takes ${style.bold(chosen)}, the first of these that works and can run the machine.\n`
       : "  auto() finds no engine: install QEMU with: apt-get install qemu-system-x86\n",
   );
+  if (chosen === "emulated") {
+    io.out(
+      "  It needs nothing of this host, and is slow. Faster ones: install QEMU with: apt-get install " +
+        "qemu-system-x86;\n  or give this host a /dev/kvm that runs code (virtualization in the firmware's setup, " +
+        "or nested in a cloud).\n",
+    );
+  }
   io.out("Programs:\n");
   for (const { program, purpose, package: name, isThere } of tools) {
     io.out(

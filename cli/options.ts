@@ -58,6 +58,10 @@ export const FLAGS: Readonly<Record<string, Flag>> = {
   "refresh-only": { type: "boolean", help: "only write down what is seen" },
   refresh: { type: "string", value: "false", help: "with false: do not look at the world" },
   parallelism: { type: "string", value: "N", help: "at most N operations at once (10)" },
+  cold: {
+    type: "boolean",
+    help: "let emulated machines boot from the beginning, and leave no saved state for others",
+  },
   lock: { type: "string", value: "false", help: "with false: do not lock state" },
   "lock-timeout": { type: "string", value: "DURATION", help: 'wait so long for the lock, such as "30s"' },
   "max-disruption": {
@@ -108,7 +112,7 @@ export const COMMANDS: Readonly<Record<string, Command>> = {
   apply: {
     usage: "[PLAN-FILE]",
     help: "make the world be as declared, or do exactly what a saved plan says",
-    flags: ["auto-approve", "yes", "parallelism", "destroy", ...PLANNING],
+    flags: ["auto-approve", "yes", "parallelism", "cold", "destroy", ...PLANNING],
     words: [0, 1],
   },
   destroy: {

@@ -156,7 +156,7 @@ class Session {
       case "output":
         return await this.#output();
       case "validate":
-        return this.#validate();
+        return await this.#validate();
       case "graph":
         return this.#graph();
       case "console":
@@ -257,7 +257,8 @@ class Session {
   async #kinds(graph?: Graph): Promise<Kinds> {
     const own = new Map((this.#context.options.kinds ?? []).map((kind) => [kind.name, kind]));
     const { builtInKinds } = await import("./built_in.ts");
-    const kinds = new Map([...builtInKinds(this.#context.options), ...own]);
+    const emulated = { isCold: this.#invocation.flags.cold === true };
+    const kinds = new Map([...builtInKinds(this.#context.options, undefined, emulated), ...own]);
     return graph ? knownKinds(graph, kinds) : kinds;
   }
 
@@ -529,10 +530,14 @@ class Session {
     return 0;
   }
 
-  #validate(): number {
+  async #validate(): Promise<number> {
     let graph: Graph;
     try {
       graph = this.#evaluate();
+      // Kinds check more than shapes, as they do before each plan: here as if nothing were there yet.
+      const options = { stack: graph.stack, create: false };
+      using state = await State.open(`${this.#statePath()}.none`, options);
+      await makePlan({ graph, state, kinds: await this.#kinds(graph), refresh: false });
     } catch (error) {
       if (!(error instanceof ValidationError) || !this.#invocation.flags.json) throw error;
       const diagnostics = error.diagnostics.map((each) => ({

@@ -146,6 +146,8 @@ Deno.test("run() explains what it cannot do", async () => {
     [["nope"], /Unknown command "nope": commands are plan, apply/],
     [["plan", "--out"], /Option '--out <value>' argument missing|--out/],
     [["plan", "--parallelism=3"], /Flag "--parallelism" does not go with "plan"/],
+    [["plan", "--cold"], /Flag "--cold" does not go with "plan"/],
+    [["destroy", "--yes", "--cold"], /Flag "--cold" does not go with "destroy"/],
     [["apply", "--yes", "--parallelism=0"], /must be a whole number of at least 1/],
     [["plan", "--max-disruption=total"], /must be one of none, live, hotplug, reboot, recreate/],
     [["plan", "--target=zz"], /has no such resource/],

@@ -182,8 +182,11 @@ export const vmDefinition: KindDefinition<VmProps> = {
  * const port = web.nics.eth0.forwards.http;
  * ```
  */
-export function vm<const N extends Readonly<Record<string, Nic>> = Record<never, never>>(
-  props: VmProps<N>,
+export function vm<
+  const N extends Readonly<Record<string, Nic>> = Record<never, never>,
+  const E extends EngineChoice = EngineChoice,
+>(
+  props: VmProps<N> & { readonly engine?: E } & (E extends EmulatedChoice ? EmulatedLimits : unknown),
   options?: LifecycleOptions,
 ): Vm<N> {
   const machine = new Resource(vmDefinition, props, options);
@@ -258,6 +261,12 @@ export interface KvmOptions {
 export interface EmulatedOptions {
   /** Whether the process that runs the machine gives up all rights that it does not need; so unless told. */
   readonly sandbox?: boolean;
+}
+
+/** What a machine may be where its engine is {@linkcode emulated}. The rest is checked when it is planned. */
+export interface EmulatedLimits {
+  /** An emulated machine has one vCPU. */
+  readonly cpus?: 1 | Output<number>;
 }
 
 /** The engine that {@linkcode emulated} chooses: its machines are 32-bit and have one vCPU. */

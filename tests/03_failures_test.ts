@@ -54,6 +54,45 @@ realTest(
   },
 );
 
+realTest(
+  "what an emulated machine cannot be is refused by validate and plan, all of it at once",
+  [],
+  async () => {
+    await using place = new Place();
+    const declare = (cpus: string, engine: string) =>
+      place.declare(`
+    const a = vm({ ${cpus} memory: "2GiB", image: debian({ arch: "amd64" }), kernel: hostKernel(), engine: ${engine} });
+    const b = vm({ memory: "1536MiB", maxMemory: "3GiB", image: image({ disk: { path: "/disk" } }), engine: ${engine} });
+    const c = vm({ memory: "1GiB", image: debian(), kernel: debianKernel({ arch: "amd64" }), engine: ${engine} });
+    const d = vm({ memory: "1GiB", image: debian(), engine: ${engine} });
+    return { a, b, c, d };
+  `);
+    const problems = [
+      /^Error: a\.cpus: Engine "emulated" gives a machine one vCPU: leave cpus out, .*value is 2 /m,
+      /^Error: a\.memory: Engine "emulated" gives a machine less than 2GiB .*value is "2GiB" /m,
+      /^Error: a\.image\.arch: Engine "emulated" gives a machine a 32-bit processor: .*"amd64" /m,
+      /^Error: a\.kernel: Engine "emulated" .* cannot run the host's kernel: leave kernel out/m,
+      /^Error: b\.maxMemory: Engine "emulated" .*value is "3GiB" /m,
+      /^Error: b\.image: Engine "emulated" gives a machine no firmware .*: give it a kernel, or /m,
+      /^Error: c\.kernel\.arch: Engine "emulated" .* \(\S*infra\.ts:\d+\)$/m,
+    ];
+    await declare("cpus: 2,", "ht.emulated()");
+    for (const command of [["validate"], ["plan"], ["apply", "--yes"]]) {
+      const { stderr } = await place.run(command, { code: 1 });
+      for (const problem of problems) assert.match(stderr, problem);
+      assert.equal(stderr.match(/^Error: /gm)?.length, problems.length, stderr);
+    }
+    assert.equal(JSON.parse((await place.run(["validate", "--json"], { code: 1 })).stdout).error_count, 7);
+    assert.deepEqual(await place.leftovers(), []);
+    // Other engines can, and what is derived fits.
+    await declare("cpus: 2,", "ht.auto()");
+    await place.run(["validate"]);
+    await place.declare('{ a: vm({ memory: "1536MiB", image: debian(), engine: ht.emulated() }) }');
+    await place.run(["plan", "--out=p"]);
+    assert.match((await place.run(["show", "--json", "p"])).stdout, /"maxMemory":"2047MiB"/);
+  },
+);
+
 realTest("a missing QEMU is said before anything is made, and how to install it", ["apt-get"], async () => {
   await using place = new Place();
   await place.declare(
@@ -71,27 +110,39 @@ Deno.test({
   ignore: hasKvm,
   async fn() {
     await using place = new Place();
-    await place.declare('{ a: vm({ memory: "96MiB", image: debian() }) }');
-    const tools = `${place.folder}/bin`;
-    await Deno.mkdir(tools);
-    for (const folder of ["/usr/bin", "/usr/sbin", "/bin", "/sbin"]) {
-      for await (const entry of Deno.readDir(folder)) {
-        if (!entry.name.startsWith("qemu")) {
-          await Deno.symlink(`${folder}/${entry.name}`, `${tools}/${entry.name}`).catch(() => {});
-        }
-      }
-    }
-    const automatic = await place.run(["apply", "--yes"], { code: 1, env: { PATH: tools } });
+    await place.declare('{ a: vm({ memory: "96MiB", cpus: 2, image: debian() }) }');
+    const env = { PATH: await withoutQemu(place), DENO_DIR: `${place.folder}/deno` };
+    const automatic = await place.run(["apply", "--yes"], { code: 1, env });
     assert.match(
       automatic.stderr,
-      /no engine can run it here: kvm: .*; qemu: .*apt-get install qemu-system-x86/,
+      /no engine can run it here: kvm: .*; qemu: .*apt-get install qemu-system-x86.*; emulated: .* one vCPU/,
     );
     assert.deepEqual(await place.leftovers(), []);
     assert.equal(await Deno.stat(`${place.folder}/.hypertopia`).then(() => true, () => false), false);
-    const doctor = await place.run(["doctor"], { code: 1, env: { PATH: tools } });
-    assert.match(doctor.stdout, /missing +qemu[^]*auto\(\) finds no engine/);
+    const doctor = await place.run(["doctor"], { env });
+    assert.match(
+      doctor.stdout,
+      /missing +qemu[^]*works +emulated[^]*auto\(\) takes emulated, .*\n.*is slow.*apt-get install qemu-system-x86/,
+    );
+    const json = JSON.parse((await place.run(["doctor", "--json"], { env })).stdout);
+    assert.equal(json.auto, "emulated");
+    // Nobody pays for an emulator that does not run.
+    assert.deepEqual([...Deno.readDirSync(`${env.DENO_DIR}/npm`)], []);
   },
 });
+
+/** A folder with the host's programs, but QEMU's. */
+async function withoutQemu(place: Place): Promise<string> {
+  const tools = `${place.folder}/bin`;
+  await Deno.mkdir(tools);
+  for (const folder of ["/usr/bin", "/usr/sbin", "/bin", "/sbin"]) {
+    for await (const entry of Deno.readDir(folder)) {
+      if (entry.name.startsWith("qemu")) continue;
+      await Deno.symlink(`${folder}/${entry.name}`, `${tools}/${entry.name}`).catch(() => {});
+    }
+  }
+  return tools;
+}
 
 realTest("a QEMU that dies at start is explained, and so is a port in use", QEMU, async () => {
   await using place = new Place();

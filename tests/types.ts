@@ -3,7 +3,7 @@
  */
 
 import { debian } from "../stdlib/debian.ts";
-import { disk, network, qemu, text, vm } from "../dsl/mod.ts";
+import { disk, emulated, type EngineChoice, kvm, network, qemu, text, vm, type VmProps } from "../dsl/mod.ts";
 
 const lan = network({ cidr: "10.0.0.0/24" });
 const image = debian();
@@ -27,7 +27,34 @@ export function refused(): void {
   qemu({ acceleration: "kvm" });
   // @ts-expect-error an image where a disk is wanted
   vm({ memory: "1GiB", image, disks: { data: image } });
+  // @ts-expect-error more vCPUs than an emulated machine has
+  vm({ memory: "64MiB", image, engine: emulated(), cpus: 2 });
+  // @ts-expect-error an option of another engine
+  emulated({ isolation: "shared" });
+  // @ts-expect-error an option of another engine
+  emulated({ accelerator: "tcg" });
+  // @ts-expect-error an option of another engine
+  kvm({ accelerator: "kvm" });
+  // @ts-expect-error a misspelt field beside an engine
+  vm({ memory: "64MiB", image, engine: emulated(), memroy: "64MiB" });
   // These are fine.
+  vm({ memory: "64MiB", image, engine: emulated(), cpus: 1 });
+  vm({ memory: "64MiB", image, engine: emulated({ sandbox: false }) });
+  vm({ memory: "64MiB", image, engine: kvm(), cpus: 2 });
+  const engine: EngineChoice = good ? emulated() : kvm();
+  vm({ memory: "64MiB", image, engine, cpus: 2 });
+  const small = vm({
+    memory: "64MiB",
+    image,
+    engine: emulated(),
+    nics: { eth0: lan.nic({ forwards: { web: { guest: 80 } } }) },
+  });
+  text`${small.nics.eth0.forwards.web}`;
+  // @ts-expect-error a forward that is not declared
+  small.nics.eth0.forwards.ssh;
+  const props: VmProps = { memory: "64MiB", image, cpus: 2 };
+  vm(props);
+  vm({ ...props, engine });
   vm({
     memory: "1GiB",
     image,

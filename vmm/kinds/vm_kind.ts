@@ -143,6 +143,8 @@ export interface VmOutputs {
 const SECTOR = 512;
 /** Most disks and NICs that one machine may have together. */
 const MAX_DEVICES = 20;
+/** Emulated machines have less memory than this, in bytes. */
+const EMULATED_MEMORY = 2 ** 31;
 
 /** Which change of a field is carried out how; a field covers those inside it. */
 const DISRUPTIONS: readonly (readonly [field: string, disruption: Disruption])[] = [
@@ -238,7 +240,7 @@ function disruption(
 /** Derives what is not said, and checks what only all machines together and this host can tell. */
 function prepare(
   drafts: readonly Draft<VmNormalProps, VmOutputs>[],
-  isForeign: (type: string) => boolean,
+  builders: ReadonlyMap<string, ImageBuilder>,
 ): void {
   const hostMemory = Deno.systemMemoryInfo().total;
   const macs = new Map<string, string>();
@@ -279,7 +281,8 @@ function prepare(
         "A secret cannot be here, as the guest and the host show the command line to everybody: use env",
       );
     }
-    if (isForeign(props.image?.type)) {
+    const builder = builders.get(props.image?.type);
+    if (builder?.isForeign) {
       for (const field of ["files", "env", "command", "hostname"] as const) {
         if (props[field] !== undefined) {
           report(field, `An image of type "${props.image.type}" has no agent of ours to carry this out`);
@@ -308,6 +311,9 @@ function prepare(
         disk.$resource,
       );
     }
+    const chosen = props.engine?.type;
+    const isEmulated = chosen === "emulated" || chosen === "auto" && draft.recorded?.engine === "emulated";
+    if (isEmulated) checkEmulated(draft, chosen, builder);
     // A machine that runs must be told when one of its disks grows.
     const disks = Object.entries(props.disks ?? {}).map(([name, each]) => {
       const size = isUnknown(each.disk)
@@ -321,7 +327,11 @@ function prepare(
       // A machine that is renamed keeps its identity.
       hostname: props.hostname ?? draft.recorded?.hostname ?? hostnameOf(address),
       ...(memory === undefined ? {} : {
-        maxMemory: props.maxMemory ?? derivedMaxMemory(memory, draft.recorded?.maxMemory, hostMemory),
+        maxMemory: props.maxMemory ?? derivedMaxMemory(
+          memory,
+          draft.recorded?.maxMemory,
+          isEmulated ? Math.min(hostMemory, EMULATED_MEMORY - 2 ** 20) : hostMemory,
+        ),
       }),
       ...(props.nics
         ? { nics: Object.fromEntries(Object.entries(props.nics).map(([name, nic]) => [name, { ...nic }])) }
@@ -408,14 +418,44 @@ function prepare(
   }
 }
 
+/** Reports what an emulated machine cannot be. Its engine would refuse it too, but only when it is started. */
+function checkEmulated(
+  { props, report }: Draft<VmNormalProps, VmOutputs>,
+  chosen: string,
+  builder: ImageBuilder | undefined,
+): void {
+  const refuse = (field: string, given: string, advice: string, value?: unknown) =>
+    report(field, `Engine "emulated" gives a machine ${given}: ${advice}, or choose another engine`, value);
+  if (typeof props.cpus === "number" && props.cpus !== 1) {
+    refuse("cpus", "one vCPU", "leave cpus out", props.cpus);
+  }
+  for (const field of ["memory", "maxMemory"] as const) {
+    if ((knownSize(props[field]) ?? 0) >= EMULATED_MEMORY) {
+      refuse(field, "less than 2GiB of memory", "ask for less", props[field]);
+    }
+  }
+  // Another image is another machine, for which auto() chooses anew.
+  const sources = chosen === "emulated" ? ["image", "kernel"] as const : ["kernel"] as const;
+  for (const field of sources) {
+    if (props[field]?.arch !== "amd64") continue;
+    refuse(`${field}.arch`, "a 32-bit processor", "leave arch out", props[field].arch);
+  }
+  if (props.kernel?.type === "host") {
+    refuse("kernel", "a 32-bit processor, which cannot run the host's kernel", "leave kernel out");
+  }
+  if (chosen === "emulated" && !props.kernel && builder?.needsFirmware?.(props.image)) {
+    refuse("image", "no firmware to boot a disk by", "give it a kernel");
+  }
+}
+
 /** Room to grow stays as it is while it suffices: another maximum takes a restart. */
-function derivedMaxMemory(memory: number, recorded: Size | undefined, hostMemory: number): Size {
+function derivedMaxMemory(memory: number, recorded: Size | undefined, most: number): Size {
   if (
     recorded !== undefined && memory <= parseSize(recorded) && memory * BALLOON_RATIO >= parseSize(recorded)
   ) {
     return recorded;
   }
-  return formatSize(Math.max(memory, Math.min(memory * 2, roundDown(hostMemory))));
+  return formatSize(Math.max(memory, Math.min(memory * 2, roundDown(most))));
 }
 
 /** First address for guests: the two before it are the gateway and the name server. */
@@ -444,7 +484,7 @@ class Driver {
   /** Completes and checks props, and asks images that change by themselves what they are now. */
   async prepare(drafts: readonly Draft<VmNormalProps, VmOutputs>[]): Promise<void> {
     const builders = new Map(this.#options.images.map((each) => [each.type, each]));
-    prepare(drafts, (type) => builders.get(type)?.isForeign === true);
+    prepare(drafts, builders);
     const context: BuildContext = {
       cache: this.#options.paths.cache,
       signal: new AbortController().signal,
