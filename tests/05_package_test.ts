@@ -11,6 +11,7 @@ realTest("the npm package builds, and Node declares and plans with it", ["node",
   const decoder = new TextDecoder();
   assert.ok(success, decoder.decode(stderr));
   assert.match(decoder.decode(stdout), /planned with Node v\d+/);
+  assert.match(decoder.decode(stdout), /"infra\.mjs --version" with Deno .*: hypertopia \d/);
 });
 
 realTest("the example of a kind of one's own works, with drift and repair", [], async () => {
