@@ -38,4 +38,7 @@ labTest("our own VMM, in the lab", async (lab, { step }) => {
   await step("machines live whole lives", async () => {
     await runTests(["tests/lab/kvm.ts"]);
   });
+  await step("the contract of engines holds", async () => {
+    await runTests(["tests/lab/contract.ts"]);
+  });
 });

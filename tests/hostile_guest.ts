@@ -42,6 +42,7 @@ import {
   Virtqueue,
   VirtqueueError,
 } from "../vmm/devices/virtqueue.ts";
+import { SocketSet } from "../vmm/devices/unix_socket.ts";
 import { VsockDevice } from "../vmm/devices/vsock.ts";
 import { EventLoop } from "../vmm/event_loop.ts";
 
@@ -1639,13 +1640,14 @@ const makeNet = (isLimited: boolean): Make => ({ name, machine }) => {
 const makeConsole: Make = ({ name, machine: { folder, loop } }) => {
   const onOutput = (bytes: Uint8Array) => checkLeak(bytes, "a console");
   const sockets = [1, 2, 3].map((index) => join(folder, `${name}${index}`));
+  const set = new SocketSet(loop);
+  const [first, second, third] = sockets.map((path) => ({ listener: set.listen(path) }));
   const device = new ConsoleDevice({
-    watcher: loop,
     ports: [
-      { isConsole: true, socket: sockets[0]!, onOutput },
-      { name: "data", isConsole: false, socket: sockets[1]! },
+      { isConsole: true, ...first, onOutput },
+      { name: "data", isConsole: false, ...second },
       { isConsole: true, onOutput },
-      { name: "errors", isConsole: false, socket: sockets[2]!, onOutput },
+      { name: "errors", isConsole: false, ...third, onOutput },
     ],
   });
   const peers: Peer[] = [];
@@ -1701,6 +1703,7 @@ const makeConsole: Make = ({ name, machine: { folder, loop } }) => {
     },
     dispose() {
       for (const peer of peers) peer.close();
+      set[Symbol.dispose]();
     },
   };
 };

@@ -58,8 +58,8 @@ export class Place implements AsyncDisposable {
       join(this.folder, file),
       `import * as ht from "hypertopia";
 import { cli, console as onConsole, disk, exec, http, kvm, network, qemu, range, secret, stack, tcp, text, vm } from "hypertopia";
-import { debian, directory, hostKernel, image } from "hypertopia/stdlib";
-void [ht, cli, onConsole, disk, exec, http, kvm, network, qemu, range, secret, stack, tcp, text, vm, debian, directory, hostKernel, image];
+import { debian, debianKernel, directory, hostKernel, image } from "hypertopia/stdlib";
+void [ht, cli, onConsole, disk, exec, http, kvm, network, qemu, range, secret, stack, tcp, text, vm, debian, debianKernel, directory, hostKernel, image];
 const infra = stack("test", () => ${
         body.trim().startsWith("return") || body.includes("return ") ? `{ ${body} }` : `(${body})`
       });
@@ -99,13 +99,13 @@ if (import.meta.main) await cli(infra);
     return await finish(child, args, options.code === undefined ? 0 : options.code);
   }
 
-  /** Process numbers of the machines of this place. */
-  async processes(): Promise<number[]> {
+  /** Process numbers of the machines of this place, or of those whose command lines are of another kind. */
+  async processes(kind = /\0-pidfile\0|\0--run-file\0/): Promise<number[]> {
     const found: number[] = [];
     for await (const { name } of Deno.readDir("/proc")) {
       if (!/^\d+$/.test(name)) continue;
       const line = await Deno.readTextFile(`/proc/${name}/cmdline`).catch(() => "");
-      if (line.includes(this.home) && /\0-pidfile\0|\0--run-file\0/.test(line)) found.push(Number(name));
+      if (line.includes(this.home) && kind.test(line)) found.push(Number(name));
     }
     return found;
   }
@@ -126,7 +126,14 @@ if (import.meta.main) await cli(infra);
 
   /** Ends all machines and removes the folder. */
   async [Symbol.asyncDispose](): Promise<void> {
-    for (const pid of await this.processes()) Deno.kill(pid, "SIGKILL");
+    for (const pid of await this.processes(/./)) {
+      try {
+        Deno.kill(pid, "SIGKILL");
+      } catch (error) {
+        // It may have ended by itself meanwhile.
+        if (!(error instanceof Deno.errors.NotFound)) throw error;
+      }
+    }
     await Deno.remove(this.folder, { recursive: true });
   }
 }
