@@ -1,4 +1,4 @@
-/** Machines on our own VMM, with stock kernels. Run where `/dev/kvm` runs them: in the lab, or on such a host. */
+/** What the contract of engines leaves out: machines on our own VMM, with stock kernels. Run where `/dev/kvm` runs them: in the lab, or on such a host. */
 
 import assert from "node:assert/strict";
 import { Place } from "../support.ts";
@@ -49,21 +49,12 @@ function threads(pid: number, field: string): Set<string> {
   return values;
 }
 
-Deno.test("a machine lives a whole life: disk, network, memory, pause, restart, kill", async () => {
+Deno.test("a machine is confined, and its disk, network, memory and vCPUs change", async () => {
   await using place = new Place();
   await place.declare(declare());
   await place.run(["apply", "--yes"]);
   assert.match(await inGuest(place, "uname -r; nproc; hostname"), /^6\.1\..*cloud-amd64\n1\nweb\n$/);
   await place.run(["plan", "--detailed-exitcode"]);
-
-  // Streams, status and words pass through.
-  const both = await place.run(["exec", "web", "--", "sh", "-c", "echo out; echo err >&2; exit 7"], {
-    code: 7,
-  });
-  assert.deepEqual([both.stdout, both.stderr], ["out\n", "err\n"]);
-  const piped = await place.run(["exec", "web", "--", "wc", "-c"], { stdin: new Uint8Array(300_000) });
-  assert.equal(piped.stdout.trim(), "300000");
-  assert.equal(await inGuest(place, 'printf %s "$GREETING"'), "it's $HOME");
 
   // The sandbox is there: on every thread of the process that runs the guest.
   const [pid] = await place.processes();
@@ -87,25 +78,11 @@ Deno.test("a machine lives a whole life: disk, network, memory, pause, restart, 
   assert.equal((await inGuest(place, `wget -qO- ${address} | sha256sum`)).slice(0, 64), digest);
   await server.shutdown();
 
-  // What is written and flushed survives a restart that the guest asks for, and one that a change takes.
+  // What is written and flushed survives a restart.
   const written = await inGuest(
     place,
     "head -c 20000000 /dev/urandom >/data/file; sync; sha256sum /data/file",
   );
-  const boot = (await inGuest(place, "cat /proc/sys/kernel/random/boot_id")).trim();
-  await place.run(["exec", "web", "--", "sh", "-c", "(sleep 1; reboot) >/dev/null 2>&1 &"]);
-  const hasRestarted = async () =>
-    ![boot, undefined].includes(
-      await inGuest(place, "cat /proc/sys/kernel/random/boot_id").then(
-        (text) => text.trim(),
-        () => undefined,
-      ),
-    );
-  for (let attempt = 0; attempt < 20 && !(await hasRestarted()); attempt++);
-  assert.ok(await hasRestarted());
-  await place.run(["apply", "--yes"]);
-  assert.equal((await place.processes())[0], pid, "the same supervisor");
-  assert.equal(await inGuest(place, "sha256sum /data/file"), written);
 
   // Memory and disk change live.
   const before = await uptime(place);
@@ -126,30 +103,6 @@ Deno.test("a machine lives a whole life: disk, network, memory, pause, restart, 
   assert.match((await place.run(["plan"])).stdout, /~ web +reboot .*cpus 1 → 2/);
   await place.run(["apply", "--yes"]);
   assert.equal(await inGuest(place, "nproc; sha256sum /data/file"), `2\n${written}`);
-
-  // A supervisor that is killed is drift, and is repaired.
-  const [second] = await place.processes();
-  Deno.kill(second!, "SIGKILL");
-  while ((await place.processes()).length > 0) await new Promise((resolve) => setTimeout(resolve, 50));
-  const gone = await place.run(["exec", "web", "--", "true"], { code: 1 });
-  assert.match(
-    gone.stderr,
-    /the machine is stopped \(its supervisor ended abnormally.*\): start it with apply/,
-  );
-  assert.match(
-    (await place.run(["plan", "--detailed-exitcode"], { code: 2 })).stdout,
-    /~ web +vm +power running → stopped/,
-  );
-  await place.run(["apply", "--yes"]);
-  assert.equal(await inGuest(place, "sha256sum /data/file"), written);
-  assert.equal(await (await fetch(url)).text(), "hello");
-
-  // The console is a root shell, and what it printed is kept.
-  const typed = await place.run(["console", "web"], {
-    stdin: new TextEncoder().encode("\necho $((6 * 7))-on-console\n"),
-  });
-  assert.match(typed.stdout, /42-on-console/);
-  assert.match((await place.run(["logs", "web"])).stdout, /42-on-console/);
 
   // An orderly end leaves nothing: no process, file, bridge or tap.
   await place.run(["destroy", "--yes"]);

@@ -33,7 +33,7 @@ export class PlainFile implements BlockFile {
   /** Whether it cannot be written. */
   readonly isReadOnly: boolean;
   /** Unit of reads and writes in bytes. */
-  readonly blockSize = SECTOR_SIZE;
+  readonly blockSize: number = SECTOR_SIZE;
   /** Unit of what could be given back: a block of usual file systems. */
   readonly clusterSize = 4096;
   readonly #memory: PlainMemory;
