@@ -213,6 +213,17 @@ export class Apt implements PackageArchive {
   }
 }
 
+/** Mirrors and suites that the system's apt would read. */
+async function configuredSources(
+  context: BuildContext,
+): Promise<{ readonly uri: string; readonly release: string }[]> {
+  const output = await runTool("apt-get", ["update", "--print-uris"], context, { package: "apt" });
+  return [...output.matchAll(/^'(\S+?)\/dists\/(\S+)\/InRelease'/gm)].map(([, uri = "", release = ""]) => ({
+    uri,
+    release,
+  }));
+}
+
 /** Writes the sources of a suite: from the given mirror, or from the entries of the system's own configuration. */
 async function findSources(context: BuildContext, options: ArchiveOptions): Promise<string> {
   const { suite, mirror, keyring } = options;
@@ -238,9 +249,12 @@ async function findSources(context: BuildContext, options: ArchiveOptions): Prom
       { cause },
     );
   }
-  const entries = output.trim().split("\n").map((each) => each.split("|"))
+  const listed = output.trim().split("\n").map((each) => each.split("|"))
     .filter(([, , component]) => component === "main")
-    .map(([uri = "", release = ""]) => ({ uri, release, base: release.replace(/[-/].*$/, "") }));
+    .map(([uri = "", release = ""]) => ({ uri, release }));
+  // What has never been updated, as the apt of a new container, tells no indexes.
+  const entries = (listed.length > 0 ? listed : await configuredSources(context))
+    .map((each) => ({ ...each, base: each.release.replace(/[-/].*$/, "") }));
   const own = entries.filter((each) => each.base === suite && !/backports|proposed/.test(each.release));
   if (own.length > 0) return own.map((each) => `${line(each.uri, each.release, "main")}\n`).join("");
   // Another suite lives on the same mirrors.
