@@ -15,6 +15,7 @@ const ENVIRONMENT: readonly string[] = [
   "DENO_DIR",
   "DENO_TLS_CA_STORE",
   "DENO_CERT",
+  "NPM_CONFIG_REGISTRY",
   "HYPERTOPIA_LIBC",
   "HYPERTOPIA_HOME",
 ];

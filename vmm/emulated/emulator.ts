@@ -430,6 +430,15 @@ interface Library {
 
 let library: Promise<Library> | undefined;
 
+/**
+ * Sees to it that Deno's cache has the emulator, for a process that may reach no registry.
+ *
+ * @throws {MachineError} If the program cannot be had
+ */
+export async function fetchEmulator(): Promise<void> {
+  await load();
+}
+
 /** Loads the emulator once in this process. */
 function load(): Promise<Library> {
   return library ??= (async () => {

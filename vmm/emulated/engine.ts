@@ -25,7 +25,7 @@ import { hostPaths, type Paths } from "../paths.ts";
 import { machineConfiguration, SupervisedMachine } from "../supervised_machine.ts";
 import type { WarmStart } from "../supervisor/config.ts";
 import type { RunFile } from "../supervisor/supervisor.ts";
-import { EMULATOR_VERSION } from "./emulator.ts";
+import { EMULATOR_VERSION, fetchEmulator } from "./emulator.ts";
 
 /** Most memory of a machine, in bytes: the emulator addresses no more. */
 const MAX_MEMORY = 2 ** 31 - 2 ** 20;
@@ -176,6 +176,8 @@ export class EmulatedMachine extends SupervisedMachine {
 
   /** Starts it in a process of its own, and its networks where they are not there. */
   protected async launch(spec: MachineSpec, options: OperationOptions): Promise<void> {
+    // Its supervisor has not what this process knows of registries.
+    await fetchEmulator();
     // Of a machine that does not start, nothing stays.
     await using started = new AsyncDisposableStack();
     started.defer(() => this.release(spec));
