@@ -18,22 +18,12 @@ const BOOT_TIMEOUT = 300_000;
 /** How long a guest that was there already may take to say that it has understood, in milliseconds. */
 const ANSWER_TIMEOUT = 60_000;
 const SEED_SIZE = 64;
-
-/**
- * A program for the guest, which lets the random numbers of its kernel begin anew from its pool: `ioctl(0, RNDRESEEDCRNG)`
- * (Linux 6.1 `include/uapi/linux/random.h`). Two machines that go on from the same state would draw the same otherwise.
- */
-const RESEED: Uint8Array<ArrayBuffer> = fromHex(
-  // ELF header for i386: entry 0x10054, one program header at 52.
-  "7f454c46 01010100 00000000 00000000 02000300 01000000 54000100 34000000",
-  "00000000 00000000 34002000 01000000 00000000",
-  // Load the whole file at 0x10000, to read and execute.
-  "01000000 00000000 00000100 00000100 70000000 70000000 05000000 00100000",
-  // mov eax, 54; xor ebx, ebx; mov ecx, 0x5207; int 0x80
-  "b836000000 31db b907520000 cd80",
-  // mov ebx, eax; neg ebx; mov eax, 1; int 0x80; up to the size that the header says
-  "89c3 f7db b801000000 cd80 909090",
-);
+/** Size of the header before each name in an archive. */
+const CPIO_HEADER = 110;
+const [EAX, ECX, EDX, EBX] = [0, 1, 2, 3];
+const SYSCALL = { exit: 1, write: 4, open: 5, ioctl: 54, clockSettime64: 404 } as const;
+const RNDRESEEDCRNG = 0x5207;
+const CODE_SIZE = 76;
 
 /** The control line of a guest that knows nothing of itself yet. */
 export class TemplateLine implements Disposable {
@@ -68,20 +58,16 @@ export class TemplateLine implements Disposable {
    * @param warmStart Where the guest's own part of its initramfs is
    */
   async personalize(configuration: BootableConfiguration, warmStart: WarmStart): Promise<void> {
-    const encoder = new TextEncoder();
     const macs = configuration.networkInterfaces.map(({ guestMac }) => guestMac ?? "").join("\n");
-    const seed = crypto.getRandomValues(new Uint8Array(SEED_SIZE));
-    const personal = cpioArchive([
-      { path: "/hypertopia/personal/clock", mode: 0o600, content: encoder.encode(`@${now()}`) },
-      { path: "/hypertopia/personal/macs", mode: 0o600, content: encoder.encode(`${macs}\n`) },
-      { path: "/hypertopia/personal/reseed", mode: 0o700, content: RESEED },
-      { path: "/hypertopia/personal/seed", mode: 0o600, content: seed },
-    ]);
-    for (const archive of [await Deno.readFile(warmStart.config), personal]) {
-      await this.#send(encoder.encode(`${archive.length}\n`));
-      await this.#send(archive);
-    }
-    await this.#send(encoder.encode("0\n"));
+    const archive = joinArchives(
+      await Deno.readFile(warmStart.config),
+      cpioArchive([
+        { path: "/hypertopia/personal/macs", mode: 0o600, content: new TextEncoder().encode(`${macs}\n`) },
+        { path: "/hypertopia/personal/wake", mode: 0o700, content: wakeProgram() },
+      ]),
+    );
+    await this.#send(new TextEncoder().encode("personal\n"));
+    await this.#send(archive);
     await this.#waitFor("hypertopia: personal", ANSWER_TIMEOUT, "take what tells it from others");
   }
 
@@ -124,15 +110,60 @@ export class TemplateLine implements Disposable {
   }
 }
 
-function fromHex(...lines: readonly string[]): Uint8Array<ArrayBuffer> {
-  const digits = lines.join("").replaceAll(" ", "");
-  return Uint8Array.from(
-    { length: digits.length / 2 },
-    (_, at) => parseInt(digits.slice(2 * at, 2 * at + 2), 16),
-  );
+/** Makes one archive of two: the first one's end is left out. */
+function joinArchives(first: Uint8Array, second: Uint8Array): Uint8Array<ArrayBuffer> {
+  const text = new TextDecoder("latin1").decode(first);
+  const end = text.lastIndexOf("TRAILER!!!") - CPIO_HEADER;
+  const whole = new Uint8Array(end + second.length);
+  whole.set(first.subarray(0, end));
+  whole.set(second, end);
+  return whole;
 }
 
-/** Seconds since 1970. */
-function now(): number {
-  return Math.round(Date.now() / 1000);
+/**
+ * A program for the guest, which wakes up with the clock and the random numbers of another machine, or of none: it sets the
+ * clock, adds a seed to the kernel's pool, and lets its random numbers begin anew from there (Linux 6.1
+ * `arch/x86/entry/syscalls/syscall_32.tbl`, `include/uapi/linux/random.h`).
+ */
+function wakeProgram(): Uint8Array<ArrayBuffer> {
+  const base = 0x1_0000;
+  const header = 84;
+  const milliseconds = Date.now();
+  const seed = crypto.getRandomValues(new Uint8Array(SEED_SIZE));
+  const path = new TextEncoder().encode("/dev/urandom\0");
+  const time = header + CODE_SIZE;
+  const seedAt = time + 16;
+  const pathAt = seedAt + SEED_SIZE;
+  const size = pathAt + path.length;
+  const bytes = new Uint8Array(size);
+  const view = new DataView(bytes.buffer);
+  // ELF header for i386, and one program header: the whole file, to read and execute.
+  bytes.set([0x7f, 0x45, 0x4c, 0x46, 1, 1, 1]);
+  const put = (at: number, ...words: readonly number[]) =>
+    words.forEach((word, index) => view.setUint32(at + 4 * index, word, true));
+  put(16, 0x0003_0002, 1, base + header, 52, 0, 0, 0x0020_0034, 1, 0);
+  put(52, 1, 0, base, base, size, size, 5, 0x1000);
+  put(time, Math.floor(milliseconds / 1000), 0, milliseconds % 1000 * 1_000_000);
+  bytes.set(seed, seedAt);
+  bytes.set(path, pathAt);
+  const code: number[] = [];
+  const call = (number: number, ...moves: readonly (readonly [register: number, value: number])[]) => {
+    // mov REGISTER, VALUE for each, mov eax, NUMBER; int 0x80
+    for (const [register, value] of [...moves, [EAX, number] as const]) {
+      code.push(0xb8 + register, value & 0xff, value >> 8 & 0xff, value >> 16 & 0xff, value >> 24 & 0xff);
+    }
+    code.push(0xcd, 0x80);
+  };
+  call(SYSCALL.clockSettime64, [EBX, 0], [ECX, base + time]);
+  call(SYSCALL.open, [EBX, base + pathAt], [ECX, 1]);
+  // mov ebx, eax: the descriptor.
+  code.push(0x89, 0xc3);
+  call(SYSCALL.write, [ECX, base + seedAt], [EDX, SEED_SIZE]);
+  call(SYSCALL.ioctl, [ECX, RNDRESEEDCRNG]);
+  // mov ebx, eax; neg ebx: the status.
+  code.push(0x89, 0xc3, 0xf7, 0xdb);
+  call(SYSCALL.exit);
+  if (code.length !== CODE_SIZE) throw new Error(`The program has ${code.length} bytes`);
+  bytes.set(code, header);
+  return bytes;
 }

@@ -84,6 +84,7 @@ class Machine {
         if (warmStart.state !== undefined) await this.#save(warmStart.state, warmStart.key);
       }
       await line.personalize(configuration, warmStart);
+      log.info("the guest was told who it is");
     } catch (error) {
       await controller.kill();
       throw error;

@@ -392,6 +392,7 @@ session() {
 
 case $1 in
   serve) serve ;;
+  wait) read -r ht_go <"$ht_run/go" && [ "$ht_go" = serve ] && serve ;;
   first) first "$2" ;;
   console) console "$2" ;;
   session) session "$2" "$3" "$4" ;;

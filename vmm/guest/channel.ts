@@ -89,7 +89,7 @@ export class GuestError extends Error {
 const LOCK_INTERVAL = 20;
 const CONNECT_TIMEOUT = 5_000;
 const REQUEST_TIMEOUT = 20_000;
-const FIRST_PATIENCE = 250;
+const FIRST_PATIENCE = 100;
 const LAST_PATIENCE = 2_000;
 const SILENCE_INTERVAL = 5_000;
 const BLOCK_SIZE = 65_536;
@@ -563,7 +563,7 @@ export class GuestChannel {
             // A machine that is being started has no socket yet.
             if (cause !== undefined && !(cause instanceof Deno.errors.NotFound)) throw error;
             last = error;
-            patience = Math.min(patience * 2, LAST_PATIENCE);
+            patience = Math.min(patience * 1.5, LAST_PATIENCE);
             await delay(LOCK_INTERVAL, signal);
           }
         }

@@ -96,33 +96,41 @@ configure_network() {
   done </hypertopia/config/network
 }
 
+# prepare: what a guest that stays in the initramfs takes, whoever it is.
+prepare() {
+  [ -h "$run/bin/busybox" ] && return
+  ln -s "$bb" "$run/bin/busybox"
+  chmod 700 /root
+  chmod 1777 /tmp
+  echo 'root:x:0:0:root:/root:/bin/sh' >/etc/passwd
+  echo 'root:x:0:' >/etc/group
+}
+
+# tell_agent WORD: to the agent that waits, if one does.
+tell_agent() {
+  [ -p "$run/go" ] || return 1
+  echo "$1" >"$run/go"
+}
+
 # personalize: up to here all machines of a kind are the same, and one may go on from what another one was. The
-# host sends archives, each after a line with its size, and 0 after the last.
+# host sends a line, and an archive after it. Each program that is run costs time.
 personalize() {
+  prepare
+  # The agent waits for its word, which is worth more than the time that its start takes here.
+  mkfifo "$run/go"
+  start_agent wait
   exec 3<>"/dev/$control"
   stty raw -echo <&3
   echo "hypertopia: template" >&3
-  while read -r size <&3; do
-    case $size in
-      0) break ;;
-      # Somebody who takes it for an agent.
-      '' | *[!0-9]*) continue ;;
-    esac
-    # Not head, which takes more than it gives.
-    dd bs="$size" count=1 iflag=fullblock <&3 >/run/personal.cpio 2>/dev/null
-    (cd / && cpio -idu </run/personal.cpio) 2>/dev/null
-    rm /run/personal.cpio
-  done
-  cat /hypertopia/personal/seed >/dev/urandom
-  /hypertopia/personal/reseed </dev/urandom || say "the random numbers of this machine are not its own"
-  read -r now </hypertopia/personal/clock
-  date -u -s "$now" >/dev/null
+  # Other lines are of somebody who takes this for the agent.
+  while read -r word <&3 && [ "$word" != personal ]; do :; done
+  cpio -idu <&3 2>/dev/null
+  /hypertopia/personal/wake || say "the clock and the random numbers of this machine are not its own"
   index=0
   while read -r mac; do
     [ -z "$mac" ] || ip link set dev "eth$index" address "$mac"
     index=$((index + 1))
   done </hypertopia/personal/macs
-  rm -r /hypertopia/personal
   echo "hypertopia: personal" >&3
   exec 3>&-
 }
@@ -153,7 +161,7 @@ settle() {
       fi
     done <"$config/mounts"
   fi
-  mkdir -p /etc
+  [ -d /etc ] || mkdir -p /etc
   read -r name <"$config/hostname"
   echo "$name" >/etc/hostname
   if ! [ -f /etc/hosts ]; then
@@ -257,13 +265,9 @@ if read -r words </sys/class/tty/console/active; then
 fi
 
 if ! [ -f "$run/config/root" ]; then
-  ln -s "$bb" "$run/bin/busybox"
-  chmod 700 /root
-  chmod 1777 /tmp
-  echo 'root:x:0:0:root:/root:/bin/sh' >/etc/passwd
-  echo 'root:x:0:' >/etc/group
+  prepare
   "$bb" sh "$run/init" settle
-  start_agent serve
+  tell_agent serve || start_agent serve
   start_command
   exec "$bb" sh "$run/agent" first "$console"
 fi
@@ -275,6 +279,8 @@ find_device "$wanted" || fail "no root device $wanted"
 mount -t "$type" -o rw "$device" "$root" || fail "could not mount the root device $device as $type"
 [ -e "$root$init" ] || [ -h "$root$init" ] || fail "no init $init on the root device $device"
 
+tell_agent end
+rm -f "$run/bin/busybox"
 cp "$bb" "$run/bin/busybox"
 for directory in dev proc sys run; do
   mkdir -p "$root/$directory"
