@@ -90,7 +90,10 @@ Deno.test("debianBuilder builds for i386 where the recipe or the engine says so,
         ], "gz"),
       },
     ], key);
-    const run = async (recipe: Chosen, arch: string | undefined): Promise<{ code: number; said: string }> => {
+    const run = async (
+      recipe: Chosen,
+      arch: string | undefined,
+    ): Promise<{ code: number; stdout: string; said: string }> => {
       const code = `
         import { debianBuilder, debianSeabios } from ${JSON.stringify(import.meta.resolve("./debian.ts"))};
         const context = {
@@ -108,7 +111,8 @@ Deno.test("debianBuilder builds for i386 where the recipe or the engine says so,
         env: { PATH: folder, NO_COLOR: "1" },
       }).output();
       const decoder = new TextDecoder();
-      return { code: output.code, said: decoder.decode(output.stdout) + decoder.decode(output.stderr) };
+      const stdout = decoder.decode(output.stdout);
+      return { code: output.code, stdout, said: stdout + decoder.decode(output.stderr) };
     };
     const recipe = {
       type: "debian",
@@ -117,9 +121,9 @@ Deno.test("debianBuilder builds for i386 where the recipe or the engine says so,
       mirror: mirror.url,
       keyring: `${folder}/keyring`,
     };
-    const { code, said } = await run(recipe, "i386");
+    const { code, stdout, said } = await run(recipe, "i386");
     assert.equal(code, 0, said);
-    const { image, firmware } = JSON.parse(said);
+    const { image, firmware } = JSON.parse(stdout);
     assert.equal(await Deno.readTextFile(image.kernel.kernel), "kernel");
     assert.equal(await Deno.readTextFile(`${image.kernel.modules}/kernel/fs/ext4.ko`), "module");
     assert.equal(await Deno.readTextFile(image.busybox), "busybox");
@@ -127,7 +131,7 @@ Deno.test("debianBuilder builds for i386 where the recipe or the engine says so,
     assert.equal(await Deno.readTextFile(firmware.vgaBios), "vga");
     // Another run finds all of it.
     mirror.requests.length = 0;
-    assert.equal((await run({ ...recipe, arch: "i386" }, undefined)).said, said);
+    assert.equal((await run({ ...recipe, arch: "i386" }, undefined)).stdout, stdout);
     assert.deepEqual(mirror.requests, []);
 
     assert.match((await run(recipe, undefined)).said, /InRelease" as it has no packages for amd64/);
