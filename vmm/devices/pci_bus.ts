@@ -19,7 +19,8 @@ export const READABLE_MEMORY = 0x3000;
 const PAGE = 4096;
 const FUNCTIONS_PER_DEVICE = 8;
 const MAX_FUNCTIONS = 256;
-const CONFIG_SIZE = 256;
+/** Size of the configuration space that all functions have, in bytes. */
+export const CONFIG_SIZE = 256;
 
 /** Registers of configuration space (PCI Local Bus 3.0, section 6.1). */
 const REGISTER = {
@@ -118,6 +119,44 @@ export interface PciSlot {
   readonly capabilities: readonly number[];
   /** What the guest reads of its memory without an exit. */
   readonly memory: DataView<ArrayBuffer>;
+}
+
+/**
+ * Writes what a function is into its configuration space: its numbers, and its capabilities with their links.
+ *
+ * @param config Configuration space, of zeroes
+ * @param each The function
+ * @returns Where each capability begins
+ * @throws {RangeError} If the capabilities do not fit
+ */
+export function writeConfigSpace(
+  config: DataView,
+  each: Pick<PciFunction, "identity" | "capabilities">,
+): number[] {
+  const { vendor, device, classCode, subsystem } = each.identity;
+  config.setUint16(REGISTER.vendor, vendor, true);
+  config.setUint16(REGISTER.device, device, true);
+  config.setUint8(REGISTER.revision, 1);
+  config.setUint8(REGISTER.programming, classCode & 0xff);
+  config.setUint16(REGISTER.classCode, classCode >> 8, true);
+  config.setUint16(REGISTER.subsystemVendor, vendor, true);
+  config.setUint16(REGISTER.subsystem, subsystem, true);
+  const capabilities: number[] = [];
+  let at = CAPABILITY_START;
+  let link: number = REGISTER.capabilities;
+  for (const bytes of each.capabilities) {
+    if (at + bytes.length > CONFIG_SIZE) {
+      throw new RangeError("Cannot fit the capabilities of a function in its configuration space");
+    }
+    config.setUint8(link, at);
+    link = at + 1;
+    bytes.forEach((byte, offset) => config.setUint8(at + offset, byte));
+    config.setUint8(link, 0);
+    capabilities.push(at);
+    at += (bytes.length + 3) & ~3;
+  }
+  if (capabilities.length > 0) config.setUint16(REGISTER.status, STATUS_CAPABILITIES, true);
+  return capabilities;
 }
 
 /** Configuration space without a function answers with ones; all machines of the process share it. */
@@ -262,15 +301,8 @@ export class PciBus implements Disposable {
   #add(each: PciFunction, number: number): Entry {
     const config = new DataView(this.#config.buffer, number * PAGE, PAGE);
     new Uint8Array(this.#config.buffer, number * PAGE, PAGE).fill(0);
-    const { vendor, device, classCode, subsystem } = each.identity;
-    config.setUint16(REGISTER.vendor, vendor, true);
-    config.setUint16(REGISTER.device, device, true);
-    config.setUint8(REGISTER.revision, 1);
-    config.setUint8(REGISTER.programming, classCode & 0xff);
-    config.setUint16(REGISTER.classCode, classCode >> 8, true);
+    const capabilities = writeConfigSpace(config, each);
     config.setUint8(REGISTER.headerType, number % FUNCTIONS_PER_DEVICE === 0 ? MULTI_FUNCTION : 0);
-    config.setUint16(REGISTER.subsystemVendor, vendor, true);
-    config.setUint16(REGISTER.subsystem, subsystem, true);
     const masks = new Uint8Array(CONFIG_SIZE);
     masks[REGISTER.command] = COMMAND_MASK & 0xff;
     masks[REGISTER.command + 1] = COMMAND_MASK >> 8;
@@ -279,22 +311,7 @@ export class PciBus implements Disposable {
       for (let byte = 0; byte < 4; byte++) masks[REGISTER.bar0 + byte] = mask >> 8 * byte & 0xff;
       masks.fill(0xff, REGISTER.bar0 + 4, REGISTER.bar0 + 8);
     }
-    const capabilities: number[] = [];
-    let at = CAPABILITY_START;
-    let link: number = REGISTER.capabilities;
-    each.capabilities.forEach((bytes, index) => {
-      config.setUint8(link, at);
-      link = at + 1;
-      bytes.forEach((byte, offset) => config.setUint8(at + offset, byte));
-      config.setUint8(link, 0);
-      masks.set(each.capabilityMasks[index] ?? [], at);
-      capabilities.push(at);
-      at += (bytes.length + 3) & ~3;
-    });
-    if (at > CONFIG_SIZE) {
-      throw new RangeError(`Cannot fit the capabilities of function ${number} in its space`);
-    }
-    if (capabilities.length > 0) config.setUint16(REGISTER.status, STATUS_CAPABILITIES, true);
+    capabilities.forEach((at, index) => masks.set(each.capabilityMasks[index] ?? [], at));
     const memory = new DataView(this.#memory.buffer, number * READABLE_MEMORY, READABLE_MEMORY);
     each.attach({ config, capabilities, memory });
     const entry: Entry = { function: each, config, masks, capabilities, number, address: 0, isMapped: false };

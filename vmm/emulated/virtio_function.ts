@@ -7,27 +7,13 @@
 import type { GuestMemory } from "../devices/guest_memory.ts";
 import { PART, PORT_PART, VirtioPciFunction, type VirtioPciState } from "../devices/virtio_pci.ts";
 import type { VirtioDevice } from "../devices/virtio_device.ts";
-import { READABLE_MEMORY } from "../devices/pci_bus.ts";
+import { CONFIG_SIZE, READABLE_MEMORY, writeConfigSpace } from "../devices/pci_bus.ts";
 import type { EmulatedFunction } from "./emulator.ts";
 
-/** Registers of configuration space (PCI Local Bus 3.0, section 6.1). */
-const REGISTER = {
-  vendor: 0x00,
-  device: 0x02,
-  command: 0x04,
-  status: 0x06,
-  revision: 0x08,
-  programming: 0x09,
-  classCode: 0x0a,
-  subsystemVendor: 0x2c,
-  subsystem: 0x2e,
-  capabilities: 0x34,
-} as const;
-const CONFIG_SIZE = 256;
+/** Register of configuration space (PCI Local Bus 3.0, section 6.1). */
+const COMMAND_REGISTER = 0x04;
 /** Ports and bus master. */
 const COMMAND = 0x05;
-const STATUS_CAPABILITIES = 0x10;
-const CAPABILITY_START = 0x40;
 
 /** What a function works with. */
 export interface VirtioFunctionHost {
@@ -62,26 +48,9 @@ export class VirtioPortFunction implements EmulatedFunction, Disposable {
       signals: { setLine: (isHigh) => host.setLine(isHigh) },
       ...(host.onFault ? { onFault: (message: string) => host.onFault?.(message) } : {}),
     }, { name });
-    const { identity, capabilities } = this.#function;
     const view = new DataView(this.space.buffer);
-    view.setUint16(REGISTER.vendor, identity.vendor, true);
-    view.setUint16(REGISTER.device, identity.device, true);
-    view.setUint16(REGISTER.command, COMMAND, true);
-    view.setUint16(REGISTER.status, STATUS_CAPABILITIES, true);
-    view.setUint8(REGISTER.revision, 1);
-    view.setUint8(REGISTER.programming, identity.classCode & 0xff);
-    view.setUint16(REGISTER.classCode, identity.classCode >> 8, true);
-    view.setUint16(REGISTER.subsystemVendor, identity.vendor, true);
-    view.setUint16(REGISTER.subsystem, identity.subsystem, true);
-    let at = CAPABILITY_START;
-    let link: number = REGISTER.capabilities;
-    for (const bytes of capabilities) {
-      view.setUint8(link, at);
-      this.space.set(bytes, at);
-      link = at + 1;
-      view.setUint8(link, 0);
-      at += (bytes.length + 3) & ~3;
-    }
+    writeConfigSpace(view, this.#function);
+    view.setUint16(COMMAND_REGISTER, COMMAND, true);
     this.#function.attach({ config: view, capabilities: [], memory: this.#memory });
   }
 
