@@ -10,8 +10,8 @@ import type { Machine, MachineSpec, OperationOptions } from "./engine.ts";
 import { MachineError } from "./errors.ts";
 import { GuestError } from "./guest/channel.ts";
 
-/** How often a probe is tried, in milliseconds. */
-const INTERVAL = 300;
+/** How long a probe is left between tries, in milliseconds. */
+const INTERVAL = 100;
 /** How long one try may take, in milliseconds. */
 const TRY_LIMIT = 10_000;
 const CONSOLE_LINES = 15;

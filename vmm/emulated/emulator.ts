@@ -381,7 +381,10 @@ export class Emulator {
    */
   async restore(state: Uint8Array<ArrayBuffer>): Promise<void> {
     const { buffer, byteOffset, byteLength } = state;
-    await this.#emulator.restore_state(buffer.slice(byteOffset, byteOffset + byteLength));
+    const isWhole = byteOffset === 0 && byteLength === buffer.byteLength;
+    await this.#emulator.restore_state(
+      isWhole ? buffer : buffer.slice(byteOffset, byteOffset + byteLength),
+    );
     this.#processor.jit_clear_cache();
   }
 

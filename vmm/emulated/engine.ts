@@ -181,17 +181,37 @@ export class EmulatedMachine extends SupervisedMachine {
     // Of a machine that does not start, nothing stays.
     await using started = new AsyncDisposableStack();
     started.defer(() => this.release(spec));
-    await using _networks = await this.#openNetworks(spec, options);
+    await Deno.mkdir(statesFolder(this.paths), { recursive: true, mode: 0o700 });
+    options.report?.("booting in the emulator");
+    // Its supervisor waits for the networks, which start meanwhile.
+    const failed = new AbortController();
+    const signal = AbortSignal.any([failed.signal, ...(options.signal ? [options.signal] : [])]);
+    const networks = this.#connect(spec, options, started).catch((error) => {
+      failed.abort(error);
+      throw error;
+    });
+    // The better code of the slower compiler comes too late for most of what a guest runs, and takes twice the memory.
+    const launched = this.launchAlone(spec, { ...options, signal }, ["--v8-flags=--liftoff-only"]);
+    const [connected, launch] = await Promise.allSettled([networks, launched]);
+    await using _networks = connected.status === "fulfilled" ? connected.value : undefined;
+    for (const each of [connected, launch]) if (each.status === "rejected") throw each.reason;
+    started.move();
+  }
+
+  /** Starts its networks, and what leads out of them. */
+  async #connect(
+    spec: MachineSpec,
+    options: OperationOptions,
+    started: AsyncDisposableStack,
+  ): Promise<AsyncDisposable> {
+    await using networks = new AsyncDisposableStack();
+    networks.use(await this.#openNetworks(spec, options));
     for (const nic of spec.nics) {
       const folder = networkFolder(this.paths, spec, nic);
       started.defer(() => endPasst(folder, nic.ip));
       if (nic.nat) await startPasst(folder, nic, options);
     }
-    await Deno.mkdir(statesFolder(this.paths), { recursive: true, mode: 0o700 });
-    options.report?.("booting in the emulator");
-    // The better code of the slower compiler comes too late for most of what a guest runs, and takes twice the memory.
-    await this.launchAlone(spec, options, ["--v8-flags=--liftoff-only"]);
-    started.move();
+    return networks.move();
   }
 
   /** Starts the processes of its networks that are not there, and keeps them while nobody is connected. */
@@ -235,10 +255,16 @@ export class EmulatedMachine extends SupervisedMachine {
       spec.disks.map(({ size, readOnly }) => [size, readOnly]),
     ];
     const key = createHash("sha256").update(JSON.stringify(kind)).digest("hex").slice(0, 32);
+    // What moves to another root gets names and addresses there.
+    const isSimple = spec.disks[0]?.name !== "root" &&
+      spec.nics.every(({ name }, index) => name === `eth${index}`);
     return {
       key,
       initramfs,
       config,
+      nics: isSimple
+        ? spec.nics.map(({ ip, cidr, gateway }) => ({ ip, prefix: Number(cidr.split("/")[1]), gateway }))
+        : [],
       ...(this.#options.isCold ? {} : { state: join(statesFolder(this.paths), `${key}.state`) }),
     };
   }

@@ -19,8 +19,11 @@ import type { BootableConfiguration, PortForward, WarmStart } from "../superviso
 import type { DriveOptions, MachineNics, NicDevice, Platform } from "../supervisor/controller.ts";
 import type { Log } from "../supervisor/log.ts";
 import { readState } from "./saved_state.ts";
-import { EmulatedPc, EmulatedVmm } from "./vmm.ts";
+import { EmulatedPc, EmulatedVmm, type MachineState } from "./vmm.ts";
 import { TEMPLATE_WORD } from "./warm_start.ts";
+
+/** How long the process of a network, which starts beside the machine, may take to be there, in milliseconds. */
+const NETWORK_PATIENCE = 60_000;
 
 /** What an {@linkcode EmulatedPlatform} is made of. */
 export interface EmulatedPlatformOptions {
@@ -35,6 +38,7 @@ export class EmulatedPlatform implements Platform<EmulatedVmm> {
   readonly #options: EmulatedPlatformOptions;
   #pc: EmulatedPc | undefined;
   #warmStart: WarmStart | undefined;
+  #saved: Promise<MachineState | undefined> | undefined;
   #isWarm = false;
 
   /**
@@ -49,6 +53,18 @@ export class EmulatedPlatform implements Platform<EmulatedVmm> {
   /** Whether the machine went on from what another one had booted to. */
   get isWarm(): boolean {
     return this.#isWarm;
+  }
+
+  /**
+   * Says what the next machine to be built goes on from. It is read while the rest is made.
+   *
+   * @param warmStart The saved state; undefined where it boots from the beginning
+   */
+  prepare(warmStart: WarmStart | undefined): void {
+    this.#warmStart = warmStart;
+    this.#saved = warmStart?.state === undefined ? undefined : readState(warmStart.state, warmStart.key);
+    // A failure is found where the state is needed.
+    this.#saved?.catch(() => {});
   }
 
   /**
@@ -121,7 +137,6 @@ export class EmulatedPlatform implements Platform<EmulatedVmm> {
    * @returns The NICs
    */
   async openNics(configuration: BootableConfiguration, resources: DisposableStack): Promise<MachineNics> {
-    this.#warmStart = configuration.hypertopia.warmStart;
     const devices = new Map<string, NicDevice>();
     const ports: { readonly ip: string; readonly port: UserNetworkPort }[] = [];
     for (const nic of configuration.networkInterfaces) {
@@ -140,7 +155,7 @@ export class EmulatedPlatform implements Platform<EmulatedVmm> {
           ip,
           hostname,
           forwards: forwardsTo(configuration.hypertopia.forwards, ip),
-        }, { log: this.#options.log }),
+        }, { log: this.#options.log, patience: NETWORK_PATIENCE }),
       );
       ports.push({ ip, port });
       devices.set(
@@ -179,7 +194,8 @@ export class EmulatedPlatform implements Platform<EmulatedVmm> {
     });
     if (warmStart.state === undefined) return vmm;
     try {
-      const state = await readState(warmStart.state, warmStart.key);
+      const state = await this.#saved;
+      this.#saved = undefined;
       if (!state) return vmm;
       await vmm.restore(state);
       this.#isWarm = true;

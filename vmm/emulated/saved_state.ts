@@ -4,7 +4,6 @@
  * @module
  */
 
-import { createHash } from "node:crypto";
 import { promisify } from "node:util";
 import { constants, zstdCompress, zstdDecompress } from "node:zlib";
 import type { VirtioPciState } from "../devices/virtio_pci.ts";
@@ -14,7 +13,7 @@ import { EMULATOR_VERSION } from "./emulator.ts";
 import type { MachineState } from "./vmm.ts";
 
 /** Of our own layout. */
-const FORMAT = "hypertopia-state-1";
+const FORMAT = "hypertopia-state-2";
 /** Longest first line of a file. */
 const MAX_HEADER = 4096;
 /** Largest state: memory and what else there is of a PC. */
@@ -29,6 +28,10 @@ interface Header {
   readonly key: string;
   /** Size of the rest of the file. */
   readonly length: number;
+  /** Size of what is first in it: the devices, as JSON. */
+  readonly functions: number;
+  /** Size of the PC, which is packed after that. */
+  readonly emulatorSize: number;
   /** Digest of the rest of the file. */
   readonly sha256: string;
 }
@@ -42,19 +45,20 @@ interface Header {
  */
 export async function writeState(path: string, key: string, state: MachineState): Promise<void> {
   const functions = new TextEncoder().encode(JSON.stringify(state.functions));
-  const content = new Uint8Array(4 + functions.length + state.emulator.length);
-  new DataView(content.buffer).setUint32(0, functions.length, true);
-  content.set(functions, 4);
-  content.set(state.emulator, 4 + functions.length);
-  const body = await promisify(zstdCompress)(content, {
+  const packed = await promisify(zstdCompress)(state.emulator, {
     params: { [constants.ZSTD_c_compressionLevel]: 1 },
   });
+  const body = new Uint8Array(functions.length + packed.length);
+  body.set(functions);
+  body.set(packed, functions.length);
   const header: Header = {
     format: FORMAT,
     emulator: EMULATOR_VERSION,
     key,
     length: body.length,
-    sha256: digest(body),
+    functions: functions.length,
+    emulatorSize: state.emulator.length,
+    sha256: await digest(body),
   };
   const first = new TextEncoder().encode(`${JSON.stringify(header)}\n`);
   const whole = new Uint8Array(first.length + body.length);
@@ -93,12 +97,20 @@ export async function readState(path: string, key: string): Promise<MachineState
   if (body.length !== header.length) {
     return refuse(`it is cut: ${body.length} of ${header.length} bytes are there`);
   }
-  if (digest(body) !== header.sha256) return refuse("it is damaged: its checksum is another");
+  if (await digest(body) !== header.sha256) return refuse("it is damaged: its checksum is another");
   try {
-    const content = await promisify(zstdDecompress)(body, { maxOutputLength: MAX_STATE });
-    const length = content.readUInt32LE(0);
-    const functions = JSON.parse(content.toString("utf8", 4, 4 + length)) as VirtioPciState[];
-    return { emulator: new Uint8Array(content.subarray(4 + length)), functions };
+    const { functions = 0, emulatorSize = 0 } = header;
+    const size = Math.min(emulatorSize, MAX_STATE);
+    // In one piece, which is not copied then.
+    const { buffer, byteOffset, byteLength } = await promisify(zstdDecompress)(body.subarray(functions), {
+      maxOutputLength: size,
+      chunkSize: Math.max(size, 64),
+    });
+    if (byteLength !== size) throw new Error(`it has ${byteLength} bytes`);
+    return {
+      emulator: new Uint8Array(buffer as ArrayBuffer, byteOffset, byteLength),
+      functions: JSON.parse(new TextDecoder().decode(body.subarray(0, functions))) as VirtioPciState[],
+    };
   } catch (cause) {
     return refuse("it cannot be unpacked", cause);
   }
@@ -112,6 +124,6 @@ function parse(line: string): Partial<Header> | undefined {
   }
 }
 
-function digest(bytes: Uint8Array): string {
-  return createHash("sha256").update(bytes).digest("hex");
+async function digest(bytes: Uint8Array<ArrayBuffer>): Promise<string> {
+  return new Uint8Array(await crypto.subtle.digest("SHA-256", bytes)).toHex();
 }

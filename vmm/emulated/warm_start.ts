@@ -7,7 +7,7 @@
 
 import { MachineError } from "../errors.ts";
 import { cpioArchive } from "../images/cpio.ts";
-import type { BootableConfiguration, WarmStart } from "../supervisor/config.ts";
+import type { BootableConfiguration, WarmNic, WarmStart } from "../supervisor/config.ts";
 
 /** What a guest says on its control line when it knows nothing of itself yet (see `vmm/guest/init.ts`). */
 export const TEMPLATE_MARK = "hypertopia: template";
@@ -21,9 +21,18 @@ const SEED_SIZE = 64;
 /** Size of the header before each name in an archive. */
 const CPIO_HEADER = 110;
 const [EAX, ECX, EDX, EBX] = [0, 1, 2, 3];
-const SYSCALL = { exit: 1, write: 4, open: 5, ioctl: 54, clockSettime64: 404 } as const;
+const SYSCALL = { exit: 1, write: 4, open: 5, ioctl: 54, socket: 359, clockSettime64: 404 } as const;
+const [AF_INET, SOCK_DGRAM, ARPHRD_ETHER] = [2, 2, 1];
+const SIOCADDRT = 0x890b;
+const SIOCSIFFLAGS = 0x8914;
+const SIOCSIFADDR = 0x8916;
+const SIOCSIFNETMASK = 0x891c;
+const SIOCSIFHWADDR = 0x8924;
+const [IFF_UP, IFF_BROADCAST, IFF_MULTICAST] = [1, 2, 0x1000];
+const [RTF_UP, RTF_GATEWAY] = [1, 2];
 const RNDRESEEDCRNG = 0x5207;
-const CODE_SIZE = 76;
+/** Size of the headers of a program, in bytes. */
+const HEADER_SIZE = 84;
 
 /** The control line of a guest that knows nothing of itself yet. */
 export class TemplateLine implements Disposable {
@@ -56,18 +65,28 @@ export class TemplateLine implements Disposable {
    *
    * @param configuration The machine
    * @param warmStart Where the guest's own part of its initramfs is
+   * @param data Path of the socket of the guest's first data channel
    */
-  async personalize(configuration: BootableConfiguration, warmStart: WarmStart): Promise<void> {
-    const macs = configuration.networkInterfaces.map(({ guestMac }) => guestMac ?? "").join("\n");
+  async personalize(
+    configuration: BootableConfiguration,
+    warmStart: WarmStart,
+    data: string,
+  ): Promise<void> {
+    const macs = configuration.networkInterfaces.map(({ guestMac }) => guestMac);
     const archive = joinArchives(
       await Deno.readFile(warmStart.config),
-      cpioArchive([
-        { path: "/hypertopia/personal/macs", mode: 0o600, content: new TextEncoder().encode(`${macs}\n`) },
-        { path: "/hypertopia/personal/wake", mode: 0o700, content: wakeProgram() },
-      ]),
+      cpioArchive([{
+        path: "/hypertopia/personal/wake",
+        mode: 0o700,
+        content: wakeProgram(macs, warmStart.nics),
+      }]),
     );
-    await this.#send(new TextEncoder().encode("personal\n"));
-    await this.#send(archive);
+    // The control line is a terminal, which takes 16 bytes at a time.
+    using channel = await Deno.connect({ transport: "unix", path: data });
+    const sent = send(channel, archive);
+    // Where the guest does not take it, it does not answer.
+    sent.catch(() => {});
+    await send(this.#connection, new TextEncoder().encode("personal\n"));
     await this.#waitFor("hypertopia: personal", ANSWER_TIMEOUT, "take what tells it from others");
   }
 
@@ -75,10 +94,6 @@ export class TemplateLine implements Disposable {
   [Symbol.dispose](): void {
     if (!this.#isClosed) this.#connection.close();
     this.#isClosed = true;
-  }
-
-  async #send(bytes: Uint8Array): Promise<void> {
-    for (let at = 0; at < bytes.length;) at += await this.#connection.write(bytes.subarray(at));
   }
 
   async #waitFor(mark: string, timeout: number, action: string): Promise<void> {
@@ -110,6 +125,10 @@ export class TemplateLine implements Disposable {
   }
 }
 
+async function send(connection: Deno.UnixConn, bytes: Uint8Array): Promise<void> {
+  for (let at = 0; at < bytes.length;) at += await connection.write(bytes.subarray(at));
+}
+
 /** Makes one archive of two: the first one's end is left out. */
 function joinArchives(first: Uint8Array, second: Uint8Array): Uint8Array<ArrayBuffer> {
   const text = new TextDecoder("latin1").decode(first);
@@ -121,49 +140,88 @@ function joinArchives(first: Uint8Array, second: Uint8Array): Uint8Array<ArrayBu
 }
 
 /**
- * A program for the guest, which wakes up with the clock and the random numbers of another machine, or of none: it sets the
- * clock, adds a seed to the kernel's pool, and lets its random numbers begin anew from there (Linux 6.1
- * `arch/x86/entry/syscalls/syscall_32.tbl`, `include/uapi/linux/random.h`).
+ * A program for the guest, which wakes up as another machine, or as none: it configures the NICs, sets the clock, adds a seed to the kernel's pool, and lets its random numbers begin anew from there (Linux 6.1
+ * `arch/x86/entry/syscalls/syscall_32.tbl`, `include/uapi/linux/{sockios,if,route,random}.h`).
  */
-function wakeProgram(): Uint8Array<ArrayBuffer> {
+function wakeProgram(
+  macs: readonly (string | undefined)[],
+  nics: readonly WarmNic[],
+): Uint8Array<ArrayBuffer> {
   const base = 0x1_0000;
-  const header = 84;
   const milliseconds = Date.now();
-  const seed = crypto.getRandomValues(new Uint8Array(SEED_SIZE));
-  const path = new TextEncoder().encode("/dev/urandom\0");
-  const time = header + CODE_SIZE;
-  const seedAt = time + 16;
-  const pathAt = seedAt + SEED_SIZE;
-  const size = pathAt + path.length;
-  const bytes = new Uint8Array(size);
-  const view = new DataView(bytes.buffer);
-  // ELF header for i386, and one program header: the whole file, to read and execute.
-  bytes.set([0x7f, 0x45, 0x4c, 0x46, 1, 1, 1]);
-  const put = (at: number, ...words: readonly number[]) =>
-    words.forEach((word, index) => view.setUint32(at + 4 * index, word, true));
-  put(16, 0x0003_0002, 1, base + header, 52, 0, 0, 0x0020_0034, 1, 0);
-  put(52, 1, 0, base, base, size, size, 5, 0x1000);
-  put(time, Math.floor(milliseconds / 1000), 0, milliseconds % 1000 * 1_000_000);
-  bytes.set(seed, seedAt);
-  bytes.set(path, pathAt);
+  const data: number[] = [];
+  /** Lays something into the program, and gives its address. */
+  const lay = (bytes: Iterable<number>): number => {
+    const address = base + HEADER_SIZE + data.length;
+    data.push(...bytes);
+    return address;
+  };
+  const time = lay(words(Math.floor(milliseconds / 1000), 0, milliseconds % 1000 * 1_000_000, 0));
+  const seed = lay(crypto.getRandomValues(new Uint8Array(SEED_SIZE)));
+  const path = lay(new TextEncoder().encode("/dev/urandom\0"));
+  // struct ifreq: name and value.
+  const requests: [request: number, address: number][] = [];
+  const configure = (request: number, index: number, value: readonly number[]) => {
+    const name = new TextEncoder().encode(`eth${index}`.padEnd(16, "\0"));
+    requests.push([request, lay([...name, ...value, ...Array(16 - value.length).fill(0)])]);
+  };
+  for (const [index, mac] of macs.entries()) {
+    if (mac === undefined) continue;
+    configure(SIOCSIFHWADDR, index, [ARPHRD_ETHER, 0, ...mac.split(":").map((each) => parseInt(each, 16))]);
+  }
+  for (const [index, { ip, prefix, gateway }] of nics.entries()) {
+    const mask = [0, 8, 16, 24].map((at) => 256 - 2 ** Math.min(8, Math.max(0, 8 - prefix + at)));
+    configure(SIOCSIFADDR, index, socketAddress(ip.split(".").map(Number)));
+    configure(SIOCSIFNETMASK, index, socketAddress(mask));
+    configure(SIOCSIFFLAGS, index, words(IFF_UP | IFF_BROADCAST | IFF_MULTICAST));
+    // struct rtentry: padding, destination, gateway, mask, flags, and what is of no use here.
+    const [any, via] = [socketAddress([0, 0, 0, 0]), socketAddress(gateway.split(".").map(Number))];
+    const route = [...words(0), ...any, ...via, ...any, RTF_UP | RTF_GATEWAY, ...Array(31).fill(0)];
+    if (index === 0) requests.push([SIOCADDRT, lay(route)]);
+  }
   const code: number[] = [];
   const call = (number: number, ...moves: readonly (readonly [register: number, value: number])[]) => {
     // mov REGISTER, VALUE for each, mov eax, NUMBER; int 0x80
     for (const [register, value] of [...moves, [EAX, number] as const]) {
-      code.push(0xb8 + register, value & 0xff, value >> 8 & 0xff, value >> 16 & 0xff, value >> 24 & 0xff);
+      code.push(0xb8 + register, ...words(value));
     }
     code.push(0xcd, 0x80);
   };
-  call(SYSCALL.clockSettime64, [EBX, 0], [ECX, base + time]);
-  call(SYSCALL.open, [EBX, base + pathAt], [ECX, 1]);
-  // mov ebx, eax: the descriptor.
-  code.push(0x89, 0xc3);
-  call(SYSCALL.write, [ECX, base + seedAt], [EDX, SEED_SIZE]);
-  call(SYSCALL.ioctl, [ECX, RNDRESEEDCRNG]);
-  // mov ebx, eax; neg ebx: the status.
-  code.push(0x89, 0xc3, 0xf7, 0xdb);
+  const MOVE_RESULT_TO_EBX = [0x89, 0xc3];
+  const OR_RESULT_TO_ESI = [0x09, 0xc6];
+  call(SYSCALL.socket, [EBX, AF_INET], [ECX, SOCK_DGRAM], [EDX, 0]);
+  code.push(...MOVE_RESULT_TO_EBX);
+  for (const [request, address] of requests) {
+    call(SYSCALL.ioctl, [ECX, request], [EDX, address]);
+    code.push(...OR_RESULT_TO_ESI);
+  }
+  call(SYSCALL.clockSettime64, [EBX, 0], [ECX, time]);
+  code.push(...OR_RESULT_TO_ESI);
+  call(SYSCALL.open, [EBX, path], [ECX, 1]);
+  code.push(...MOVE_RESULT_TO_EBX);
+  call(SYSCALL.write, [ECX, seed], [EDX, SEED_SIZE]);
+  call(SYSCALL.ioctl, [ECX, RNDRESEEDCRNG], [EDX, 0]);
+  // or esi, eax; neg esi; sbb ebx, ebx; neg ebx: 1 where anything failed.
+  code.push(...OR_RESULT_TO_ESI, 0xf7, 0xde, 0x19, 0xdb, 0xf7, 0xdb);
   call(SYSCALL.exit);
-  if (code.length !== CODE_SIZE) throw new Error(`The program has ${code.length} bytes`);
-  bytes.set(code, header);
-  return bytes;
+  const size = HEADER_SIZE + data.length + code.length;
+  // ELF header for i386, and one program header: the whole file, to read and execute.
+  const entry = base + HEADER_SIZE + data.length;
+  return new Uint8Array([
+    ...[0x7f, 0x45, 0x4c, 0x46, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ...words(0x0003_0002, 1, entry, 52, 0, 0, 0x0020_0034, 1, 0),
+    ...words(1, 0, base, base, size, size, 5, 0x1000),
+    ...data,
+    ...code,
+  ]);
+}
+
+/** A struct sockaddr_in without port. */
+function socketAddress(address: readonly number[]): number[] {
+  return [AF_INET, 0, 0, 0, ...address, ...Array(8).fill(0)];
+}
+
+/** 32-bit words in the processor's order. */
+function words(...values: readonly number[]): number[] {
+  return values.flatMap((value) => [value & 0xff, value >> 8 & 0xff, value >> 16 & 0xff, value >>> 24]);
 }

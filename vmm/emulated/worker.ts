@@ -75,6 +75,7 @@ class Machine {
   async #start(configuration: BootableConfiguration): Promise<void> {
     const { controller } = this;
     const { warmStart, channels } = configuration.hypertopia;
+    this.#platform.prepare(warmStart);
     await controller.start(configuration);
     if (!warmStart || !channels) return;
     try {
@@ -83,7 +84,7 @@ class Machine {
         await line.waitForMark();
         if (warmStart.state !== undefined) await this.#save(warmStart.state, warmStart.key);
       }
-      await line.personalize(configuration, warmStart);
+      await line.personalize(configuration, warmStart, channels.data[0]!);
       log.info("the guest was told who it is");
     } catch (error) {
       await controller.kill();

@@ -13,6 +13,9 @@
 /** Version of the protocol spoken between the agent and the host, as `ping` reports it. */
 export const AGENT_VERSION = "1";
 
+/** What the agent says on the control line when it begins to listen. */
+export const AGENT_GREETING = "hypertopia: ready";
+
 /** Directory of a guest's run-time files, on a tmpfs in every kind of guest. */
 export const GUEST_RUN_DIRECTORY = "/run/hypertopia";
 
@@ -158,7 +161,8 @@ halt_now() {
   done
   kill -KILL -1
   sync
-  "$ht_bb" umount -a -r 2>/dev/null
+  # A file that is open keeps its file system: what comes after is in it.
+  "$ht_bb" umount -a -r 2>/dev/null 3<"$ht_agent"
   sync
   "$ht_bb" "$1" -f
 }
@@ -230,7 +234,6 @@ handle() {
   case $1 in '' | *[!0-9a-f]*) return ;; esac
   case $2 in
     ping)
-      read -r ht_boot </proc/sys/kernel/random/boot_id
       read -r ht_up ht_rest </proc/uptime
       reply "ok ${AGENT_VERSION} $ht_boot $ht_up"
       ;;
@@ -246,8 +249,20 @@ handle() {
   esac
 }
 
+# await_word NAME: where this was started ahead of what it is for, waits until it may go on.
+await_word() {
+  [ -n "$ht_waits" ] || return 0
+  ht_waits= ht_word=
+  read -r ht_word <"$ht_run/go.$1"
+  [ "$ht_word" = go ] || exit 0
+}
+
 control_line() {
   stty raw -echo <&3
+  read -r ht_boot </proc/sys/kernel/random/boot_id
+  await_word serve
+  # Who asks already needs no greeting.
+  read -t 0 <&3 || echo "${AGENT_GREETING}" >&3
   while IFS= read -r ht_line <&3; do
     handle $ht_line
   done
@@ -390,11 +405,15 @@ session() {
   done
 }
 
+ht_waits=
+[ "$1" != wait ] || { ht_waits=yes && shift; }
 case $1 in
   serve) serve ;;
-  wait) read -r ht_go <"$ht_run/go" && [ "$ht_go" = serve ] && serve ;;
   first) first "$2" ;;
-  console) console "$2" ;;
+  console)
+    await_word console
+    console "$2"
+    ;;
   session) session "$2" "$3" "$4" ;;
   end)
     # First the command: it must not take the end of the ports for the end of its input.
@@ -404,6 +423,7 @@ case $1 in
     ;;
   halt) halt "$2" ;;
   command)
+    await_word command
     load_environment
     cd /
     ht_shell=/bin/sh

@@ -7,7 +7,7 @@
  * @module
  */
 
-import { END_MARK, GUEST_BUSYBOX, READY_MARK } from "./agent.ts";
+import { AGENT_GREETING, END_MARK, GUEST_BUSYBOX, READY_MARK } from "./agent.ts";
 import { isEnvironmentName, shellQuote } from "./config.ts";
 
 /** The sockets by which a guest is reached, one client each at a time. */
@@ -89,7 +89,7 @@ export class GuestError extends Error {
 const LOCK_INTERVAL = 20;
 const CONNECT_TIMEOUT = 5_000;
 const REQUEST_TIMEOUT = 20_000;
-const FIRST_PATIENCE = 100;
+const FIRST_PATIENCE = 1_000;
 const LAST_PATIENCE = 2_000;
 const SILENCE_INTERVAL = 5_000;
 const BLOCK_SIZE = 65_536;
@@ -282,6 +282,8 @@ async function ask(line: Line, request: string, signal: AbortSignal): Promise<st
     const lines = text.split("\n");
     text = lines.pop() ?? "";
     for (const answer of lines) {
+      // What was asked before there was an agent may be lost.
+      if (request === "ping" && answer.trimEnd() === AGENT_GREETING) await line.write(bytes);
       const words = answer.trimEnd().split(" ");
       if (words[0] !== id) continue;
       if (words[1] === "ok") return words.slice(2);

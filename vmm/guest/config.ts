@@ -261,7 +261,7 @@ export function guestConfigFiles(config: GuestConfig): GuestConfigFile[] {
         "permission bits such as 0o644",
       );
       list += `${number} ${file.mode.toString(8)} ${file.path}\n`;
-      add(`files/${number}`, file.content, 0o600);
+      add(`files/${number}`, file.content, file.mode & 0o777);
     }
     add("files/list", list, 0o600);
   }

@@ -68,24 +68,29 @@ load_modules() {
 }
 
 # Every NIC gets a name of no other on the way to its own, so that two can swap names; a name given also
-# keeps udev from giving another.
+# keeps udev from giving another. Where there is none, a name that is right stays: each program that is run costs time.
 configure_network() {
-  ip link set dev lo up
   [ -f /hypertopia/config/network ] || return 0
   while read -r mac name rest; do
     for entry in /sys/class/net/*; do
       { read -r address <"$entry/address"; } 2>/dev/null || continue
       [ "$address" = "$mac" ] || continue
+      [ -f /hypertopia/config/root ] || [ "\${entry##*/}" != "$name" ] || continue
       ip link set dev "\${entry##*/}" down
       ip link set dev "\${entry##*/}" name "ht.$name"
     done
   done </hypertopia/config/network
   while read -r mac name address gateway dns; do
-    if ! [ -e "/sys/class/net/ht.$name" ]; then
+    if [ -e "/sys/class/net/ht.$name" ]; then
+      ip link set dev "ht.$name" name "$name"
+    elif ! { read -r found <"/sys/class/net/$name/address"; } 2>/dev/null || [ "$found" != "$mac" ]; then
       say "no network device has the address $mac of $name"
       continue
     fi
-    ip link set dev "ht.$name" name "$name"
+    # It can have been configured from without.
+    flags=
+    { read -r flags <"/sys/class/net/$name/flags"; } 2>/dev/null
+    case $flags in *[13579bdf]) continue ;; esac
     ip link set dev "$name" up
     [ "$address" = - ] || ip address add "$address" dev "$name"
     case $gateway in
@@ -100,55 +105,65 @@ configure_network() {
 prepare() {
   [ -h "$run/bin/busybox" ] && return
   ln -s "$bb" "$run/bin/busybox"
+  ln -s /hypertopia/config "$run/config"
   chmod 700 /root
   chmod 1777 /tmp
   echo 'root:x:0:0:root:/root:/bin/sh' >/etc/passwd
   echo 'root:x:0:' >/etc/group
+  # What the first process does in the end.
+  set --
+  . "$run/agent"
+  set +f
 }
 
-# tell_agent WORD: to the agent that waits, if one does.
+# tell_agent SUBCOMMAND WORD: to the agent that waits to do that, if one does.
 tell_agent() {
-  [ -p "$run/go" ] || return 1
-  echo "$1" >"$run/go"
+  [ -p "$run/go.$1" ] || return 1
+  echo "$2" >"$run/go.$1"
 }
 
 # personalize: up to here all machines of a kind are the same, and one may go on from what another one was. The
-# host sends a line, and an archive after it. Each program that is run costs time.
+# host sends an archive on the first data channel, and says so in a line. Each program that is run costs time.
 personalize() {
   prepare
+  for entry in /sys/class/virtio-ports/*; do
+    { read -r name <"$entry/name"; } 2>/dev/null && [ "$name" = hypertopia.0 ] && port=/dev/\${entry##*/}
+  done
   # The agent waits for its word, which is worth more than the time that its start takes here.
-  mkfifo "$run/go"
-  start_agent wait
+  mkfifo "$run/go.serve" "$run/go.command" "$run/go.console"
+  start_agent wait serve
+  start_agent wait command
+  start_agent wait console "$console"
   exec 3<>"/dev/$control"
   stty raw -echo <&3
   echo "hypertopia: template" >&3
   # Other lines are of somebody who takes this for the agent.
   while read -r word <&3 && [ "$word" != personal ]; do :; done
-  cpio -idu <&3 2>/dev/null
-  /hypertopia/personal/wake || say "the clock and the random numbers of this machine are not its own"
-  index=0
-  while read -r mac; do
-    [ -z "$mac" ] || ip link set dev "eth$index" address "$mac"
-    index=$((index + 1))
-  done </hypertopia/personal/macs
+  # The line can be faster than the word that somebody is at the other end of the channel.
+  until cpio -idu <"$port" 2>/dev/null; do :; done
+  /hypertopia/personal/wake || say "addresses, clock or random numbers of this machine are not its own"
   echo "hypertopia: personal" >&3
   exec 3>&-
 }
 
-# start_agent SUBCOMMAND: in the final root, which is PID 1's own for as long as root is empty.
+# start_agent SUBCOMMAND...: in the final root, which is PID 1's own for as long as root is empty.
 start_agent() {
   # The second setsid, run by a leader, forks: nothing is waited for.
-  /bin/chroot "$root/" "$bb" setsid "$bb" setsid "$bb" sh "$run/agent" "$1" \\
+  /bin/chroot "$root/" "$bb" setsid "$bb" setsid "$bb" sh "$run/agent" "$@" \\
     <"$root/dev/null" >"$root/dev/console" 2>&1
 }
 
 # systemd gets a unit instead.
 start_command() {
-  [ ! -f "$root$run/config/command" ] || start_agent command
+  if [ -f "$root$run/config/command" ]; then
+    tell_agent command go || start_agent command
+  else
+    tell_agent command end
+  fi
 }
 
 # settle: the part of the configuration that is written into the final root, from within it, for its
-# symbolic links to mean what they mean there.
+# symbolic links to mean what they mean there. Programs are run only where there is no other way.
 settle() {
   config=$run/config
   if [ -f "$config/mounts" ]; then
@@ -165,21 +180,25 @@ settle() {
   read -r name <"$config/hostname"
   echo "$name" >/etc/hostname
   if ! [ -f /etc/hosts ]; then
-    printf '127.0.0.1 localhost\\n::1 localhost ip6-localhost ip6-loopback\\n' >/etc/hosts
+    printf '127.0.0.1 localhost\\n::1 localhost ip6-localhost ip6-loopback\\n127.0.1.1 %s\\n' "$name" >/etc/hosts
+  elif ! grep -qw -e "$name" /etc/hosts; then
+    echo "127.0.1.1 $name" >>/etc/hosts
   fi
-  grep -qw -e "$name" /etc/hosts || echo "127.0.1.1 $name" >>/etc/hosts
   if [ -s "$config/resolv.conf" ]; then
     # It may be a link to what a resolver that does not run would have written.
-    rm -f /etc/resolv.conf
-    cat "$config/resolv.conf" >/etc/resolv.conf
+    [ ! -h /etc/resolv.conf ] || rm -f /etc/resolv.conf
+    while IFS= read -r line; do echo "$line"; done <"$config/resolv.conf" >/etc/resolv.conf
   fi
   [ -f "$config/files/list" ] || return 0
+  umask 0
   while read -r number mode path; do
-    mkdir -p "\${path%/*}/"
-    rm -f "$path"
-    cp "$config/files/$number" "$path" && chmod "$mode" "$path" || say "could not write the file $path"
+    [ -d "\${path%/*}/" ] || (umask 022 && mkdir -p "\${path%/*}/")
+    if [ -e "$path" ] || [ -h "$path" ]; then rm -f "$path"; fi
+    # It has its permissions from the archive, but for the special ones.
+    cp "$config/files/$number" "$path" || say "could not write the file $path"
+    case $mode in ????*) chmod "$mode" "$path" ;; esac
   done <"$config/files/list"
-  rm -rf "$config/files"
+  umask 022
 }
 
 # systemd finds these in /run: nothing of them is left in the root.
@@ -213,13 +232,11 @@ END
 if [ "$1" = settle ] && [ "$$" != 1 ]; then
   PATH=$run/bin:$PATH
   settle
-  mode=minimal
-  if [ -n "$2" ]; then
-    case $(readlink -f "$2") in
-      */systemd) mode=systemd && control=$3 && systemd_units ;;
-      *) mode=other ;;
-    esac
-  fi
+  rm -rf "$run/config/files"
+  mode=other
+  case $(readlink -f "$2") in
+    */systemd) mode=systemd && control=$3 && systemd_units ;;
+  esac
   echo "$mode" >"$run/mode"
   exit 0
 fi
@@ -240,6 +257,7 @@ cp /hypertopia/agent "$run/agent"
 cp /init "$run/init"
 
 load_modules
+ip link set dev lo up
 
 control=hvc0
 console=
@@ -251,27 +269,40 @@ for word in $words; do
     hypertopia.template) template=yes ;;
   esac
 done
-[ -z "$template" ] || personalize
-cp -R /hypertopia/config "$run/config"
-
-read -r name <"$run/config/hostname"
-hostname "$name"
-configure_network
-
 if read -r words </sys/class/tty/console/active; then
   for word in $words; do
     [ "$word" = "$control" ] || console=$word
   done
 fi
 
-if ! [ -f "$run/config/root" ]; then
+[ -z "$template" ] || personalize
+
+read -r name </hypertopia/config/hostname
+echo "$name" >/proc/sys/kernel/hostname
+configure_network
+
+if ! [ -f /hypertopia/config/root ]; then
   prepare
-  "$bb" sh "$run/init" settle
-  tell_agent serve || start_agent serve
+  settle
+  echo minimal >"$run/mode"
+  tell_agent serve go || start_agent serve
   start_command
-  exec "$bb" sh "$run/agent" first "$console"
+  if [ -n "$template" ]; then
+    # The machine is wanted at once; the rest can wait for a moment.
+    {
+      read -r -t 1 word <>"$run/go.console"
+      tell_agent console go
+      rm -rf "$run/config/files"
+    } &
+    console=
+  else
+    rm -rf "$run/config/files"
+  fi
+  first "$console"
 fi
 
+rm -f "$run/config"
+cp -R /hypertopia/config "$run/config"
 read -r wanted type init <"$run/config/root"
 root=/newroot
 mkdir -p "$root"
@@ -279,7 +310,9 @@ find_device "$wanted" || fail "no root device $wanted"
 mount -t "$type" -o rw "$device" "$root" || fail "could not mount the root device $device as $type"
 [ -e "$root$init" ] || [ -h "$root$init" ] || fail "no init $init on the root device $device"
 
-tell_agent end
+tell_agent serve end
+tell_agent command end
+tell_agent console end
 rm -f "$run/bin/busybox"
 cp "$bb" "$run/bin/busybox"
 for directory in dev proc sys run; do

@@ -199,6 +199,8 @@ interface Link {
 export interface UserNetworkPortOptions {
   /** Takes what happens to the connection. */
   readonly log?: Pick<Log, "info" | "warn">;
+  /** How long to wait for the network's process where it does not run yet, in milliseconds; no time unless told. */
+  readonly patience?: number;
 }
 
 /**
@@ -225,11 +227,11 @@ export class UserNetworkPort implements Disposable {
   }
 
   /**
-   * Attaches a NIC to a network whose process runs.
+   * Attaches a NIC to a network.
    *
    * @param folder Folder of the network
    * @param nic The NIC
-   * @param options Log
+   * @param options Log, and how long to wait for the network's process
    * @returns Its port
    * @throws {MachineError} If it cannot be attached, and why
    */
@@ -239,8 +241,19 @@ export class UserNetworkPort implements Disposable {
     options: UserNetworkPortOptions = {},
   ): Promise<UserNetworkPort> {
     const port = new UserNetworkPort(folder, nic, options);
-    await port.#attach(nic);
-    return port;
+    const deadline = Date.now() + (options.patience ?? 0);
+    while (true) {
+      try {
+        await port.#attach(nic);
+        return port;
+      } catch (error) {
+        const { cause } = error as Error;
+        const isAbsent = cause instanceof Deno.errors.NotFound ||
+          cause instanceof Deno.errors.ConnectionRefused;
+        if (!isAbsent || Date.now() > deadline) throw error;
+      }
+      await delay(10);
+    }
   }
 
   /** Whether frames go through. */

@@ -211,6 +211,18 @@ export interface WarmStart {
   readonly initramfs: string;
   /** Path of the archive with what does. */
   readonly config: string;
+  /** Addresses of NICs by their place, where they need not be configured by the guest's own means. */
+  readonly nics: readonly WarmNic[];
+}
+
+/** A NIC that is given its address from without. */
+export interface WarmNic {
+  /** IPv4 address. */
+  readonly ip: string;
+  /** Length of the network's prefix. */
+  readonly prefix: number;
+  /** Gateway of the default route. */
+  readonly gateway: string;
 }
 
 /** What Firecracker has no words for. */
@@ -872,6 +884,17 @@ const hypertopiaJson = object<HypertopiaConfiguration>({
       key: required("key", name),
       initramfs: required("initramfs", filePath),
       config: required("config", filePath),
+      nics: usually(
+        [],
+        required(
+          "nics",
+          list(object<WarmNic>({
+            ip: required("ip", ipv4),
+            prefix: required("prefix", integer(0, 32)),
+            gateway: required("gateway", ipv4),
+          })),
+        ),
+      ),
     }),
   )),
   channels: quiet(optional(
