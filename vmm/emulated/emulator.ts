@@ -74,6 +74,8 @@ interface Processor {
   reset_cpu(): void;
   update_state_flags(): void;
   jit_clear_cache(): void;
+  /** Called for pages that are empty in a saved state. */
+  zero_memory(address: number, length: number): void;
   jit_dirty_cache(start: number, end: number): void;
   device_raise_irq(line: number): void;
   device_lower_irq(line: number): void;
@@ -375,16 +377,24 @@ export class Emulator {
   }
 
   /**
-   * Makes it be what it was. It must be stopped.
+   * Makes it be what it was. It must be stopped, and its memory untouched.
    *
    * @param state What was saved of a PC with as much memory
    */
   async restore(state: Uint8Array<ArrayBuffer>): Promise<void> {
     const { buffer, byteOffset, byteLength } = state;
     const isWhole = byteOffset === 0 && byteLength === buffer.byteLength;
-    await this.#emulator.restore_state(
-      isWhole ? buffer : buffer.slice(byteOffset, byteOffset + byteLength),
-    );
+    const processor = this.#processor;
+    const zero = processor.zero_memory;
+    // Memory that was never written is empty, and takes nothing of the host as long as it is not.
+    processor.zero_memory = () => {};
+    try {
+      await this.#emulator.restore_state(
+        isWhole ? buffer : buffer.slice(byteOffset, byteOffset + byteLength),
+      );
+    } finally {
+      processor.zero_memory = zero;
+    }
     this.#processor.jit_clear_cache();
   }
 

@@ -186,32 +186,42 @@ export class EmulatedPlatform implements Platform<EmulatedVmm> {
    */
   async build(parts: MachineParts): Promise<EmulatedVmm> {
     if (!this.#pc) throw new Error("Cannot build a machine without memory");
+    const vmm = new EmulatedVmm(this.#pc, parts);
     const warmStart = this.#warmStart;
-    if (!warmStart) return new EmulatedVmm(this.#pc, parts);
-    const vmm = new EmulatedVmm(this.#pc, parts, {
-      initramfs: [warmStart.initramfs],
-      commandLine: `${parts.commandLine} ${TEMPLATE_WORD}`,
-    });
-    if (warmStart.state === undefined) return vmm;
-    try {
-      const state = await this.#saved;
-      this.#saved = undefined;
-      if (!state) return vmm;
-      await vmm.restore(state);
-      this.#isWarm = true;
-      this.#options.log.info(`it goes on from the saved state ${warmStart.state}`);
-    } catch (error) {
-      if (!(error instanceof MachineError)) {
-        // The emulator is of no use any more.
-        await Deno.remove(warmStart.state);
-        throw new MachineError(
-          `Cannot go on from the saved state "${warmStart.state}", which was removed: run apply again, to boot cold`,
-          { cause: error },
-        );
-      }
-      this.#options.log.warn(`${error.message}: it boots cold`);
+    if (!warmStart) return vmm.load(), vmm;
+    const state = await this.#takeState();
+    if (!state) {
+      vmm.load({
+        initramfs: [warmStart.initramfs],
+        commandLine: `${parts.commandLine} ${TEMPLATE_WORD}`,
+      });
+      return vmm;
     }
+    try {
+      await vmm.restore(state);
+    } catch (error) {
+      // The emulator is of no use any more.
+      await Deno.remove(warmStart.state!);
+      throw new MachineError(
+        `Cannot go on from the saved state "${warmStart.state}", which was removed: run apply again, to boot cold`,
+        { cause: error },
+      );
+    }
+    this.#isWarm = true;
+    this.#options.log.info(`it goes on from the saved state ${warmStart.state}`);
     return vmm;
+  }
+
+  /** Gives the state that was read; undefined where there is none that is of use. */
+  async #takeState(): Promise<MachineState | undefined> {
+    const saved = this.#saved;
+    this.#saved = undefined;
+    try {
+      return await saved;
+    } catch (error) {
+      this.#options.log.warn(`${error instanceof Error ? error.message : error}: it boots cold`);
+      return undefined;
+    }
   }
 }
 

@@ -84,18 +84,12 @@ export class EmulatedVmm implements MachineVmm {
   #isRestarting = false;
 
   /**
-   * Builds a machine, which is stopped.
+   * Builds a machine, which is stopped, and has nothing in its memory.
    *
    * @param pc The PC, which has the memory
    * @param parts What it is made of
-   * @param first Initramfs and command line of its first boot, where they are not those of all others
-   * @throws {MachineError} If the kernel cannot be booted
    */
-  constructor(
-    pc: EmulatedPc,
-    parts: MachineParts,
-    first: Pick<MachineParts, "initramfs" | "commandLine"> = parts,
-  ) {
+  constructor(pc: EmulatedPc, parts: MachineParts) {
     this.#parts = parts;
     this.#emulator = pc.emulator;
     if (parts.cpus !== 1) {
@@ -111,8 +105,32 @@ export class EmulatedVmm implements MachineVmm {
       })
     );
     this.#emulator.plug(this.#functions);
-    this.#load(first);
     pc.vmm = this;
+  }
+
+  /**
+   * Makes it boot from the beginning.
+   *
+   * @param first Initramfs and command line, where they are not those of all other boots
+   * @throws {MachineError} If the kernel cannot be booted
+   */
+  load(first: Pick<MachineParts, "initramfs" | "commandLine"> = this.#parts): void {
+    const { initramfs, commandLine } = first;
+    const { memory, kernel } = this.#parts;
+    using files = new DisposableStack();
+    const entry = loadLinux(memory, {
+      kernel: files.use(openBootFile("kernel", kernel)),
+      kernelName: kernel,
+      initramfs: initramfs.map((path) => files.use(openBootFile("initramfs", path))),
+      commandLine: `${COMMAND_LINE} ${commandLine}`,
+    });
+    if (entry.protocol !== "linux32") {
+      throw new MachineError(
+        `Cannot boot the kernel "${kernel}" as an emulated machine has a 32-bit processor: ` +
+          `give an ELF kernel for i386, or choose another engine`,
+      );
+    }
+    this.#emulator.enter(entry.address, LINUX_LAYOUT.zeroPage, LINUX_LAYOUT.stack);
   }
 
   /** Lets the guest go on. */
@@ -189,8 +207,7 @@ export class EmulatedVmm implements MachineVmm {
   }
 
   /**
-   * Makes the machine be what another one was, with the same memory and devices. It must be paused, and its guest must not
-   * have run.
+   * Makes the machine, into which nothing was loaded, be what another one was, with the same memory and devices.
    *
    * @param state What was saved
    */
@@ -206,24 +223,6 @@ export class EmulatedVmm implements MachineVmm {
     for (const each of this.#functions) each[Symbol.dispose]();
   }
 
-  #load({ initramfs, commandLine }: Pick<MachineParts, "initramfs" | "commandLine">): void {
-    const { memory, kernel } = this.#parts;
-    using files = new DisposableStack();
-    const entry = loadLinux(memory, {
-      kernel: files.use(openBootFile("kernel", kernel)),
-      kernelName: kernel,
-      initramfs: initramfs.map((path) => files.use(openBootFile("initramfs", path))),
-      commandLine: `${COMMAND_LINE} ${commandLine}`,
-    });
-    if (entry.protocol !== "linux32") {
-      throw new MachineError(
-        `Cannot boot the kernel "${kernel}" as an emulated machine has a 32-bit processor: ` +
-          `give an ELF kernel for i386, or choose another engine`,
-      );
-    }
-    this.#emulator.enter(entry.address, LINUX_LAYOUT.zeroPage, LINUX_LAYOUT.stack);
-  }
-
   async #restart(): Promise<void> {
     const wasRunning = this.#state === "running";
     if (wasRunning) await this.#emulator.stop();
@@ -236,7 +235,7 @@ export class EmulatedVmm implements MachineVmm {
       }
       const { memory } = this.#parts;
       memory.discard(0, memory.length);
-      this.#load(this.#parts);
+      this.load();
     } catch (error) {
       const detail = `it could not restart: ${error instanceof Error ? error.message : error}`;
       return this.#end({ kind: "crashed", detail });
