@@ -65,13 +65,8 @@ export class TemplateLine implements Disposable {
    *
    * @param configuration The machine
    * @param warmStart Where the guest's own part of its initramfs is
-   * @param data Path of the socket of the guest's first data channel
    */
-  async personalize(
-    configuration: BootableConfiguration,
-    warmStart: WarmStart,
-    data: string,
-  ): Promise<void> {
+  async personalize(configuration: BootableConfiguration, warmStart: WarmStart): Promise<void> {
     const macs = configuration.networkInterfaces.map(({ guestMac }) => guestMac);
     const archive = joinArchives(
       await Deno.readFile(warmStart.config),
@@ -81,12 +76,7 @@ export class TemplateLine implements Disposable {
         content: wakeProgram(macs, warmStart.nics),
       }]),
     );
-    // The control line is a terminal, which takes 16 bytes at a time.
-    using channel = await Deno.connect({ transport: "unix", path: data });
-    const sent = send(channel, archive);
-    // Where the guest does not take it, it does not answer.
-    sent.catch(() => {});
-    await send(this.#connection, new TextEncoder().encode("personal\n"));
+    await send(this.#connection, archive);
     await this.#waitFor("hypertopia: personal", ANSWER_TIMEOUT, "take what tells it from others");
   }
 

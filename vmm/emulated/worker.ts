@@ -8,6 +8,7 @@
 import { MachineError } from "../errors.ts";
 import type { BootableConfiguration, LoggerConfiguration } from "../supervisor/config.ts";
 import { MachineController } from "../supervisor/controller.ts";
+import { reserveControlLine } from "../guest/channel.ts";
 import type { Failure, FromWorker, ToWorker } from "./messages.ts";
 import { EmulatedPlatform } from "./platform.ts";
 import { writeState } from "./saved_state.ts";
@@ -76,6 +77,8 @@ class Machine {
     const { controller } = this;
     const { warmStart, channels } = configuration.hypertopia;
     this.#platform.prepare(warmStart);
+    // What others would ask a guest that does not know itself yet, it would take for what it is to be.
+    using _reserved = warmStart && channels ? await reserveControlLine(channels.control) : undefined;
     await controller.start(configuration);
     if (!warmStart || !channels) return;
     try {
@@ -84,7 +87,7 @@ class Machine {
         await line.waitForMark();
         if (warmStart.state !== undefined) await this.#save(warmStart.state, warmStart.key);
       }
-      await line.personalize(configuration, warmStart, channels.data[0]!);
+      await line.personalize(configuration, warmStart);
       log.info("the guest was told who it is");
     } catch (error) {
       await controller.kill();

@@ -13,8 +13,8 @@
 /** Version of the protocol spoken between the agent and the host, as `ping` reports it. */
 export const AGENT_VERSION = "1";
 
-/** What the agent says on the control line when it begins to listen. */
-export const AGENT_GREETING = "hypertopia: ready";
+/** In the place of a request's id: what the agent says when it begins to listen, as if it had been asked whether it is there. */
+export const AGENT_GREETING = "hello";
 
 /** Directory of a guest's run-time files, on a tmpfs in every kind of guest. */
 export const GUEST_RUN_DIRECTORY = "/run/hypertopia";
@@ -228,14 +228,18 @@ reply() {
   printf '%s\\n' "$ht_id $*" >&3
 }
 
+greet() {
+  read -r ht_up ht_rest </proc/uptime
+  reply "ok ${AGENT_VERSION} $ht_boot $ht_up"
+}
+
 # A line is "ID VERB ARGUMENTS"; a dead client's half line fails these checks or is answered to nobody.
 handle() {
   ht_id=$1
   case $1 in '' | *[!0-9a-f]*) return ;; esac
   case $2 in
     ping)
-      read -r ht_up ht_rest </proc/uptime
-      reply "ok ${AGENT_VERSION} $ht_boot $ht_up"
+      greet
       ;;
     open) open_channel "$3" "$4" ;;
     check)
@@ -261,8 +265,8 @@ control_line() {
   stty raw -echo <&3
   read -r ht_boot </proc/sys/kernel/random/boot_id
   await_word serve
-  # Who asks already needs no greeting.
-  read -t 0 <&3 || echo "${AGENT_GREETING}" >&3
+  ht_id=${AGENT_GREETING}
+  greet
   while IFS= read -r ht_line <&3; do
     handle $ht_line
   done

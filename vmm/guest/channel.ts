@@ -182,6 +182,17 @@ async function acquire(
   }
 }
 
+/**
+ * Keeps clients of a guest from its control line.
+ *
+ * @param control Path of the control line's socket
+ * @returns Gives it back when it is disposed
+ */
+export async function reserveControlLine(control: string): Promise<Disposable> {
+  const { lock } = await acquire([control], new AbortController().signal);
+  return lock;
+}
+
 /** A socket of the machine, closed when a signal is aborted. */
 class Line implements Disposable {
   readonly #connection: Deno.UnixConn;
@@ -282,10 +293,10 @@ async function ask(line: Line, request: string, signal: AbortSignal): Promise<st
     const lines = text.split("\n");
     text = lines.pop() ?? "";
     for (const answer of lines) {
-      // What was asked before there was an agent may be lost.
-      if (request === "ping" && answer.trimEnd() === AGENT_GREETING) await line.write(bytes);
       const words = answer.trimEnd().split(" ");
-      if (words[0] !== id) continue;
+      // What was asked before there was an agent may be lost, but it says by itself that it is there.
+      const isGreeting = request === "ping" && words[0] === AGENT_GREETING;
+      if (words[0] !== id && !isGreeting) continue;
       if (words[1] === "ok") return words.slice(2);
       // Anything else is the request itself, echoed by a terminal that is not set up yet.
       if (words[1] === "error") {

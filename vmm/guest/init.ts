@@ -123,12 +123,9 @@ tell_agent() {
 }
 
 # personalize: up to here all machines of a kind are the same, and one may go on from what another one was. The
-# host sends an archive on the first data channel, and says so in a line. Each program that is run costs time.
+# host sends an archive. Each program that is run costs time.
 personalize() {
   prepare
-  for entry in /sys/class/virtio-ports/*; do
-    { read -r name <"$entry/name"; } 2>/dev/null && [ "$name" = hypertopia.0 ] && port=/dev/\${entry##*/}
-  done
   # The agent waits for its word, which is worth more than the time that its start takes here.
   mkfifo "$run/go.serve" "$run/go.command" "$run/go.console"
   start_agent wait serve
@@ -136,11 +133,11 @@ personalize() {
   start_agent wait console "$console"
   exec 3<>"/dev/$control"
   stty raw -echo <&3
+  # It is there already when there is something for it.
+  cpio -idu <&3 2>/dev/null &
+  until read -r number name state rest <"/proc/$!/stat" && [ "$name $state" = "(cpio) S" ]; do :; done
   echo "hypertopia: template" >&3
-  # Other lines are of somebody who takes this for the agent.
-  while read -r word <&3 && [ "$word" != personal ]; do :; done
-  # The line can be faster than the word that somebody is at the other end of the channel.
-  until cpio -idu <"$port" 2>/dev/null; do :; done
+  wait "$!"
   /hypertopia/personal/wake || say "addresses, clock or random numbers of this machine are not its own"
   echo "hypertopia: personal" >&3
   exec 3>&-
