@@ -8,9 +8,11 @@
 import { join } from "node:path";
 import { compared, type Figure } from "./figure.ts";
 import { LabKit, type LabMachine } from "./lab_machine.ts";
+import { randomReader } from "./random_reader.ts";
 
 const ROUNDS = 3;
 const DISK = 64 * 2 ** 20;
+const RANDOM_READS = 2048;
 const PEER = "qemu-system-x86_64 -M microvm, virtio-blk-pci, cache=writeback";
 const MACHINE = { cpus: 1, memory: 256 };
 
@@ -29,6 +31,12 @@ const WORKS: readonly Work[] = [
   { name: "writes of 256 KiB in order", size: 2 ** 18, count: 192, script: `${WRITE} bs=256k count=192` },
   { name: "reads of 4 KiB, one at a time", size: 4096, count: 1024, script: `${READ} bs=4k count=1024` },
   { name: "writes of 4 KiB, one at a time", size: 4096, count: 1024, script: `${WRITE} bs=4k count=1024` },
+  {
+    name: "reads of 4 KiB at random places, one at a time",
+    size: 4096,
+    count: RANDOM_READS,
+    script: "/random || exit",
+  },
   {
     name: "reads of 4 KiB, four at a time at distant places",
     size: 4096,
@@ -64,7 +72,9 @@ async function work(machine: LabMachine): Promise<number[]> {
 
 /** The figures. */
 export default async function* block(): AsyncIterable<Figure> {
-  await using kit = await LabKit.prepare("block", COMMAND);
+  await using kit = await LabKit.prepare("block", COMMAND, "cloud", {
+    "/random": randomReader("/dev/vda", DISK / 4096, RANDOM_READS),
+  });
   if (!kit) return;
   const disk = join(kit.folder, "disk");
   await Deno.writeFile(disk, new Uint8Array(DISK).fill(0x5a));

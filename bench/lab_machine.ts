@@ -59,12 +59,14 @@ export class LabKit implements AsyncDisposable {
    * @param bench Name of the benchmark
    * @param command What the guest runs after it has printed {@linkcode MARK}
    * @param flavour Which of Debian's kernels
+   * @param programs Programs for the guest, by path
    * @returns The files; undefined where no stock kernel runs
    */
   static async prepare(
     bench: string,
     command = "",
     flavour: "cloud" | "generic" = "cloud",
+    programs: Readonly<Record<string, Uint8Array>> = {},
   ): Promise<LabKit | undefined> {
     const { isUsable, detail } = probeKvm();
     if (!isUsable) {
@@ -80,7 +82,8 @@ export class LabKit implements AsyncDisposable {
     const kit = new LabKit(await Deno.makeTempDir({ prefix: "ht-" }), image.kernel!.kernel);
     const common = await buildInitramfs(image.kernel!, image.busybox!, image.modules, context);
     const own = join(kit.folder, "config.cpio");
-    const guest = { hostname: "bench", environment: {}, nics: [], mounts: [], files: [] };
+    const files = Object.entries(programs).map(([path, content]) => ({ path, content, mode: 0o755 }));
+    const guest = { hostname: "bench", environment: {}, nics: [], mounts: [], files };
     const script = `exec >/dev/console 2>&1
 read -r uptime rest </proc/uptime
 echo "user space runs after $uptime s"

@@ -38,7 +38,8 @@ const SERIAL_PORT = 0x3f8;
 const SERIAL_GSI = 4;
 
 /** Flags of the FADT (ACPI 6.4, table 5.10): HW_REDUCED_ACPI, RESET_REG_SUP, and that the power button is in the DSDT. */
-const FADT_FLAGS = 1 << 20 | 1 << 10 | 1 << 4;
+const HARDWARE_REDUCED = 1 << 20;
+const FADT_FLAGS = HARDWARE_REDUCED | 1 << 10 | 1 << 4;
 /** Boot architecture flags (table 5.11): no VGA, no real-time clock that needs waiting for; and no keyboard controller. */
 const BOOT_FLAGS = 1 << 2 | 1 << 5;
 
@@ -48,6 +49,8 @@ export interface AcpiOptions {
   readonly cpus: number;
   /** Whether there is a serial port. */
   readonly hasSerial: boolean;
+  /** Whether there is nothing but vCPUs, as in a PVH domain of Xen, whose APIC numbers are 0, 2 and so on. */
+  readonly isXen?: boolean;
 }
 
 /**
@@ -67,11 +70,13 @@ export function acpiTables(options: AcpiOptions): Uint8Array<ArrayBuffer> {
     return ACPI_ADDRESS + at;
   };
   const dsdt = place(table("DSDT", 2, dsdtBody(options)));
-  const fadt = place(table("FACP", 6, fadtBody(dsdt)));
-  const madt = place(table("APIC", 5, madtBody(options.cpus)));
-  const mcfg = place(table("MCFG", 1, mcfgBody()));
-  const pointers = new Uint8Array(24);
-  [fadt, madt, mcfg].forEach((address, index) => writeWide(pointers, 8 * index, address));
+  const tables = [
+    place(table("FACP", 6, fadtBody(dsdt, options))),
+    place(table("APIC", 5, madtBody(options))),
+    ...(options.isXen ? [] : [place(table("MCFG", 1, mcfgBody()))]),
+  ];
+  const pointers = new Uint8Array(8 * tables.length);
+  tables.forEach((address, index) => writeWide(pointers, 8 * index, address));
   const xsdt = place(table("XSDT", 1, pointers));
   const rsdp = bytes.subarray(0, RSDP_LENGTH);
   rsdp.set(ascii("RSD PTR "), 0);
@@ -120,35 +125,38 @@ function table(signature: string, revision: number, body: Uint8Array): Uint8Arra
 }
 
 /** Offsets are those of ACPI 6.4, table 5.9, less the header. */
-function fadtBody(dsdt: number): Uint8Array {
+function fadtBody(dsdt: number, { isXen }: AcpiOptions): Uint8Array {
   const bytes = new Uint8Array(FADT_LENGTH - HEADER_LENGTH);
   const view = new DataView(bytes.buffer);
   const at = (offset: number) => offset - HEADER_LENGTH;
   view.setUint32(at(40), dsdt, true);
   view.setUint16(at(109), BOOT_FLAGS, true);
-  view.setUint32(at(112), FADT_FLAGS, true);
+  view.setUint32(at(112), isXen ? HARDWARE_REDUCED : FADT_FLAGS, true);
   const port = (offset: number, number: number) => {
     // Generic address: system I/O, 8 bits, byte access.
     bytes.set([1, 8, 0, 1], at(offset));
     writeWide(bytes, at(offset) + 4, number);
   };
-  port(116, POWER.resetPort);
-  bytes[at(128)] = POWER.resetValue;
   bytes[at(131)] = 4;
   writeWide(bytes, at(140), dsdt);
-  port(244, POWER.sleepPort);
-  port(256, POWER.sleepStatusPort);
+  if (!isXen) {
+    port(116, POWER.resetPort);
+    bytes[at(128)] = POWER.resetValue;
+    port(244, POWER.sleepPort);
+    port(256, POWER.sleepStatusPort);
+  }
   bytes.set(ascii("HYPERTOP"), at(268));
   return bytes;
 }
 
 /** Multiple APIC description (section 5.2.12). */
-function madtBody(cpus: number): Uint8Array {
+function madtBody({ cpus, isXen }: AcpiOptions): Uint8Array {
   const entries: number[] = [];
   const wide = (value: number) => [value & 0xff, value >> 8 & 0xff, value >> 16 & 0xff, value >>> 24];
   // No dual 8259.
   entries.push(...wide(LOCAL_APIC), ...wide(0));
-  for (let cpu = 0; cpu < cpus; cpu++) entries.push(0, 8, cpu, cpu, ...wide(1));
+  for (let cpu = 0; cpu < cpus; cpu++) entries.push(0, 8, cpu, isXen ? 2 * cpu : cpu, ...wide(1));
+  if (isXen) return new Uint8Array(entries);
   entries.push(1, 12, 0, 0, ...wide(IO_APIC), ...wide(0));
   // LINT1 of every local APIC is the NMI.
   entries.push(4, 6, 0xff, 0, 0, 1);
@@ -250,6 +258,16 @@ const interrupt = (gsi: number): number[] => [0x89, 6, 0, 3, 1, ...bytesOf(gsi, 
 
 function dsdtBody(options: AcpiOptions): Uint8Array {
   const SB = rooted("_SB");
+  const cpus = Array.from(
+    { length: options.cpus },
+    (_, cpu) =>
+      device(
+        `C${cpu.toString(16).toUpperCase().padStart(3, "0")}`,
+        named("_HID", text("ACPI0007")),
+        named("_UID", integer(cpu)),
+      ),
+  );
+  if (options.isXen) return new Uint8Array(scope(SB, ...cpus));
   const sleepOff = name(rooted("_S5"), pack([integer(POWER.sleepTypeOff), [0], [0], [0]]));
   const bus = device(
     "PCI0",
@@ -289,14 +307,5 @@ function dsdtBody(options: AcpiOptions): Uint8Array {
       named("_CRS", resources(ports(SERIAL_PORT, 8), interrupt(SERIAL_GSI))),
     )]
     : [];
-  const cpus = Array.from(
-    { length: options.cpus },
-    (_, cpu) =>
-      device(
-        `C${cpu.toString(16).toUpperCase().padStart(3, "0")}`,
-        named("_HID", text("ACPI0007")),
-        named("_UID", integer(cpu)),
-      ),
-  );
   return new Uint8Array([...sleepOff, ...scope(SB, bus, board, button, events, ...serial, ...cpus)]);
 }

@@ -10,6 +10,9 @@ import { ECAM } from "../devices/pci_bus.ts";
 import { MachineError } from "../errors.ts";
 import { ACPI_ADDRESS, POWER } from "./acpi.ts";
 
+/** Memory of a guest, to put things into. */
+export type BootMemory = Pick<GuestMemory, "regions" | "range">;
+
 /** Where things are in guest memory, in bytes. */
 export const LINUX_LAYOUT = {
   /** `struct hvm_start_info` and its module list, for PVH. */
@@ -139,6 +142,8 @@ export interface LinuxBoot {
   readonly initramfs: readonly BootFile[];
   /** Command line. */
   readonly commandLine: string;
+  /** What is where, for machines that are not laid out as {@linkcode memoryMap} says. */
+  readonly memoryMap?: readonly MemoryMapEntry[];
 }
 
 /**
@@ -147,7 +152,7 @@ export interface LinuxBoot {
  * @param memory Memory of the guest
  * @returns The map, by address
  */
-export function memoryMap(memory: GuestMemory): MemoryMapEntry[] {
+export function memoryMap(memory: BootMemory): MemoryMapEntry[] {
   const [low, high] = memory.regions;
   return [
     { address: 0, length: LOW_MEMORY_END, type: E820_RAM },
@@ -166,9 +171,9 @@ export function memoryMap(memory: GuestMemory): MemoryMapEntry[] {
  * @returns How to enter the kernel
  * @throws {MachineError} If the file is no kernel that can be booted, or memory is too small
  */
-export function loadLinux(memory: GuestMemory, boot: LinuxBoot): KernelEntry {
+export function loadLinux(memory: BootMemory, boot: LinuxBoot): KernelEntry {
   const { kernel, kernelName } = boot;
-  memory.bytes.set(RESET_CODE, memory.offset(RESET_VECTOR, RESET_CODE.length));
+  memory.range(RESET_VECTOR, RESET_CODE.length).set(RESET_CODE);
   const fail = (reason: string): never => {
     throw new MachineError(`Cannot boot the kernel "${kernelName}" as ${reason}`);
   };
@@ -200,9 +205,9 @@ export function loadLinux(memory: GuestMemory, boot: LinuxBoot): KernelEntry {
   const initramfs = placeInitramfs(memory, boot.initramfs, kernelEnd, view.getUint32(0x22c, true), fail);
   const limit = Math.min(view.getUint32(0x238, true) + 1 || 256, COMMAND_LINE_ROOM);
   writeCommandLine(memory, boot.commandLine, limit, fail);
-  const page = newZeroPage(memory);
-  const headerEnd = 0x202 + header[0x201]!;
-  memory.bytes.set(header.subarray(SETUP_HEADER, headerEnd), LINUX_LAYOUT.zeroPage + SETUP_HEADER);
+  const page = newZeroPage(memory, boot);
+  const setup = header.subarray(SETUP_HEADER, 0x202 + header[0x201]!);
+  new Uint8Array(page.buffer, page.byteOffset + SETUP_HEADER).set(setup);
   finishZeroPage(page, initramfs);
   return { protocol: "linux64", address: LINUX_LAYOUT.kernel + ENTRY_64 };
 }
@@ -213,17 +218,19 @@ function readPart(file: BootFile, offset: number, length: number): Uint8Array<Ar
   return bytes;
 }
 
-function load(memory: GuestMemory, address: number, file: BootFile, offset: number, length: number): void {
-  const start = memory.offset(address, length);
-  file.read(offset, memory.bytes.subarray(start, start + length));
+function load(memory: BootMemory, address: number, file: BootFile, offset: number, length: number): void {
+  file.read(offset, memory.range(address, length));
 }
 
-function newZeroPage(memory: GuestMemory): DataView<ArrayBuffer> {
-  const start = memory.offset(LINUX_LAYOUT.zeroPage, PAGE);
-  memory.bytes.fill(0, start, start + PAGE);
-  const { buffer, byteOffset } = memory.bytes;
-  const page = new DataView(buffer, byteOffset + start, PAGE);
-  const map = memoryMap(memory);
+/** An empty page of the guest's. */
+function emptyPage(memory: BootMemory, address: number): DataView<ArrayBuffer> {
+  const { buffer, byteOffset, byteLength } = memory.range(address, PAGE).fill(0);
+  return new DataView(buffer, byteOffset, byteLength);
+}
+
+function newZeroPage(memory: BootMemory, boot: LinuxBoot): DataView<ArrayBuffer> {
+  const page = emptyPage(memory, LINUX_LAYOUT.zeroPage);
+  const map = boot.memoryMap ?? memoryMap(memory);
   page.setUint8(0x1e8, map.length);
   map.forEach(({ address, length, type }, index) => {
     page.setBigUint64(0x2d0 + 20 * index, BigInt(address), true);
@@ -244,7 +251,7 @@ function finishZeroPage(page: DataView, initramfs: { address: number; length: nu
 }
 
 function placeInitramfs(
-  memory: GuestMemory,
+  memory: BootMemory,
   parts: readonly BootFile[],
   kernelEnd: number,
   highest: number,
@@ -267,7 +274,7 @@ function placeInitramfs(
 }
 
 function writeCommandLine(
-  memory: GuestMemory,
+  memory: BootMemory,
   text: string,
   limit: number,
   fail: (reason: string) => never,
@@ -276,11 +283,11 @@ function writeCommandLine(
   if (bytes.length > limit) {
     fail(`its command line has ${bytes.length - 1} bytes and it takes ${limit - 1}: shorten cmdline`);
   }
-  memory.bytes.set(bytes, memory.offset(LINUX_LAYOUT.commandLine, bytes.length));
+  memory.range(LINUX_LAYOUT.commandLine, bytes.length).set(bytes);
 }
 
 function loadElf(
-  memory: GuestMemory,
+  memory: BootMemory,
   boot: LinuxBoot,
   view: DataView<ArrayBuffer>,
   fail: (reason: string) => never,
@@ -330,10 +337,10 @@ function loadElf(
   const initramfs = placeInitramfs(memory, boot.initramfs, kernelEnd, 0x7fff_ffff, fail);
   writeCommandLine(memory, boot.commandLine, COMMAND_LINE_ROOM, fail);
   if (pvhEntry !== undefined) {
-    writeStartInfo(memory, initramfs);
+    writeStartInfo(memory, boot, initramfs);
     return { protocol: "pvh", address: pvhEntry };
   }
-  const page = newZeroPage(memory);
+  const page = newZeroPage(memory, boot);
   page.setUint16(0x1fe, BOOT_FLAG, true);
   page.setUint32(0x202, HEADER_MAGIC, true);
   page.setUint16(0x206, OLDEST_PROTOCOL, true);
@@ -361,16 +368,14 @@ function findPvhEntry(notes: DataView): number | undefined {
 }
 
 function writeStartInfo(
-  memory: GuestMemory,
+  memory: BootMemory,
+  boot: LinuxBoot,
   initramfs: { address: number; length: number } | undefined,
 ): void {
-  const start = memory.offset(LINUX_LAYOUT.startInfo, PAGE);
-  memory.bytes.fill(0, start, start + PAGE);
-  const { buffer, byteOffset } = memory.bytes;
-  const info = new DataView(buffer, byteOffset + start, PAGE);
+  const info = emptyPage(memory, LINUX_LAYOUT.startInfo);
   const modules = 0x40;
   const mapAt = 0x80;
-  const map = memoryMap(memory);
+  const map = boot.memoryMap ?? memoryMap(memory);
   const put = (offset: number, value: number) => info.setBigUint64(offset, BigInt(value), true);
   info.setUint32(0, START_INFO_MAGIC, true);
   info.setUint32(4, 1, true);

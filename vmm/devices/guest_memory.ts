@@ -104,4 +104,17 @@ export abstract class GuestMemory implements Disposable {
     }
     throw new GuestMemoryError(address, length);
   }
+
+  /**
+   * Gives a range, to read or write until the next wait.
+   *
+   * @param address Address in the guest
+   * @param length How many bytes
+   * @returns The bytes
+   * @throws {GuestMemoryError} If not all of it is memory
+   */
+  range(address: number, length: number): Uint8Array<ArrayBuffer> {
+    const start = this.offset(address, length);
+    return this.bytes.subarray(start, start + length);
+  }
 }
