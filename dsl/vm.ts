@@ -219,6 +219,14 @@ export function auto(): EngineChoice {
   return new Choice("engine", "auto", object({}), {});
 }
 
+/** A hypervisor that is booted in place of the kernel, and boots that itself. */
+export interface Hypervisor {
+  /** Path of its image: a 32-bit ELF file with a Multiboot header, not compressed, such as Debian's Xen after `gunzip`. */
+  readonly path: string;
+  /** Its command line, beside that of the kernel; empty unless told. Its console should be the first serial port. */
+  readonly commandLine?: string;
+}
+
 /** Options of {@linkcode qemu}. */
 export interface QemuOptions {
   /** Accelerator; the best one that a probe finds usable unless told. */
@@ -227,12 +235,21 @@ export interface QemuOptions {
   readonly binary?: string;
   /** More arguments for the program, after all others. */
   readonly extraArguments?: readonly string[];
+  /**
+   * A hypervisor, Xen, that runs the machine's kernel as its first domain. The machine's memory is then the hypervisor's,
+   * and changes by a restart only.
+   */
+  readonly hypervisor?: Hypervisor;
 }
 
 const qemuSchema = object({
   accelerator: optional(oneOf("kvm", "tcg")),
   binary: optional(string()),
   extraArguments: optional(array(string())),
+  hypervisor: optional(object({
+    path: string({ pattern: /^\/[^\0]*$/, description: "an absolute path" }),
+    commandLine: optional(string({ pattern: /^[^\n\0]*$/, description: "one line" }), ""),
+  })),
 });
 
 /**

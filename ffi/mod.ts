@@ -12,6 +12,7 @@ export * from "./kvm.ts";
 export * from "./landlock.ts";
 export * from "./layout.ts";
 export * from "./libc.ts";
+export * from "./loop.ts";
 export * from "./seccomp.ts";
 export * from "./tap.ts";
 export * from "./vhost.ts";

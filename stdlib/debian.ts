@@ -268,6 +268,29 @@ export async function debianBusybox(recipe: Chosen, context: BuildContext): Prom
   return join(folder, "busybox");
 }
 
+/**
+ * Finds Debian's Xen hypervisor in the cache, or fetches it: an image for `qemu({ hypervisor })`.
+ *
+ * @param context Cache, signal and progress
+ * @param recipe Suite, mirror and revision; those of {@linkcode DEFAULT_KERNEL} unless told
+ * @returns Path of the hypervisor, which is not compressed
+ */
+export async function debianXen(context: BuildContext, recipe: Chosen = DEFAULT_KERNEL): Promise<string> {
+  const key = storeKey("xen", archiveOf(recipe, "amd64"));
+  const { folder } = await storeEntry(context, `xen/${key}`, "the Xen hypervisor", async (part) => {
+    const archive = await openArchive({ ...recipe, arch: "amd64" }, context);
+    const name = await archive.dependency("xen-system-amd64", /^xen-hypervisor-\d[\d.]*-amd64$/);
+    const tree = join(part, "tree");
+    await archive.unpack(name, tree);
+    const path = join(tree, "boot", `${name.replace("xen-hypervisor-", "xen-")}.gz`);
+    using file = await Deno.open(path);
+    await Deno.writeFile(join(part, "xen"), file.readable.pipeThrough(new DecompressionStream("gzip")));
+    await Deno.remove(tree, { recursive: true });
+    return { package: name, version: (await archive.versions([name])).get(name) };
+  });
+  return join(folder, "xen");
+}
+
 /** Files of a PC's firmware. */
 export interface PcFirmware {
   /** Path of the BIOS, of 128 KiB. */

@@ -31,6 +31,30 @@ labTest("a lab has a /dev/kvm and this machine's files", async (lab, { step }) =
   });
 });
 
+labTest("a lab with Xen is its privileged domain", async (lab, { step }) => {
+  const inLab = async (script: string): Promise<string> => {
+    const { status, stdout, stderr } = await lab.output(["sh", "-ec", script], { cwd: ROOT });
+    assert.equal(status, 0, stderr);
+    return stdout;
+  };
+
+  await step("the hypervisor runs guests of every kind, and has memory for them", async () => {
+    assert.equal(await inLab("cat /proc/xen/capabilities"), "control_d\n");
+    const facts = await inLab("xl info");
+    assert.match(facts, /^virt_caps +: pv hvm hap/m);
+    assert.match(facts, /^xen_version +: 4\.17\./m);
+    assert.ok(Number(/^free_memory +: (\d+)$/m.exec(facts)?.[1]) > 1800, facts);
+  });
+
+  await step("what a toolstack opens is there, and xenstored knows the domain", async () => {
+    await inLab("cd /dev/xen; test -c privcmd -a -c hypercall -a -c evtchn -a -c gntdev -a -c gntalloc");
+    await inLab(
+      "test -S /run/xenstored/socket; test -d /sys/bus/xen-backend/drivers/vbd -a -d /sys/bus/xen-backend/drivers/vif",
+    );
+    assert.equal(await inLab("xenstore-read domid name"), "0\nDomain-0\n");
+  });
+}, { xen: true });
+
 const NETWORK_SCRIPT = `
 ip link add br0 type bridge
 ip -br link show br0

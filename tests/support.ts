@@ -163,9 +163,10 @@ export async function finish(
 
 /** Tells whether a program is installed. */
 export function isInstalled(program: string): boolean {
-  return [...(Deno.env.get("PATH") ?? "").split(":"), "/usr/sbin", "/sbin"].some((folder) => {
+  const folders = [...(Deno.env.get("PATH") ?? "").split(":"), "/usr/sbin", "/sbin"];
+  return (program.startsWith("/") ? [""] : folders).some((folder) => {
     try {
-      return Deno.statSync(`${folder}/${program}`).isFile;
+      return Deno.statSync(folder === "" ? program : `${folder}/${program}`).isFile;
     } catch {
       return false;
     }
@@ -186,13 +187,17 @@ export function realTest(
   });
 }
 
-/** Declares a test that runs in a lab of its own: a machine with a `/dev/kvm` and with the files of this one. */
+/** What a lab with Xen runs from this machine. */
+const XEN_PROGRAMS: readonly string[] = ["/usr/lib/xen-4.17/bin/xenstored", "xenstore-read"];
+
+/** Declares a test that runs in a lab of its own: a machine with a `/dev/kvm` or Xen and with the files of this one. */
 export function labTest(
   name: string,
   run: (lab: Lab, context: Deno.TestContext) => Promise<void>,
   options: LabOptions = {},
 ): void {
-  realTest(name, ["qemu-system-x86_64", "apt-get"], async (context) => {
+  const programs = ["qemu-system-x86_64", "apt-get", ...(options.xen ? XEN_PROGRAMS : [])];
+  realTest(name, programs, async (context) => {
     await using lab = await Lab.start(options);
     await run(lab, context);
   });

@@ -8,7 +8,7 @@
 import { dirname, join, resolve } from "node:path";
 import { fileURLToPath } from "node:url";
 import { parseArgs } from "node:util";
-import { qemu, type Size, type Stack, stack, vm } from "../dsl/mod.ts";
+import { type EngineChoice, qemu, type Size, type Stack, stack, vm } from "../dsl/mod.ts";
 import { apply, makePlan, preflight, State } from "../planner/mod.ts";
 import { debian, debianBuilder, debianBusybox, debianKernelBuilder } from "../stdlib/debian.ts";
 import { MachineError } from "../vmm/errors.ts";
@@ -16,10 +16,12 @@ import { removeIfThere } from "../vmm/files.ts";
 import type { GuestExecOptions, GuestOutput, GuestOutputOptions, GuestStatus } from "../vmm/guest/channel.ts";
 import { isEnvironmentName } from "../vmm/guest/config.ts";
 import type { BuildContext } from "../vmm/images/builder.ts";
+import { unpackKernel } from "../vmm/images/kernel_image.ts";
 import { runTool, storeEntry, storeKey } from "../vmm/images/store.ts";
 import { machineKinds } from "../vmm/kinds/mod.ts";
 import { hostPaths } from "../vmm/paths.ts";
 import { QemuEngine, type QemuMachine } from "../vmm/qemu/engine.ts";
+import { XEN_MODULES, XEN_SETUP_SCRIPT, xenEngine } from "./lab_xen.ts";
 
 /** Options of {@linkcode Lab.start}. */
 export interface LabOptions {
@@ -27,8 +29,10 @@ export interface LabOptions {
   readonly cpus?: number;
   /** Memory, which holds what is written there too; `"4GiB"` unless told. */
   readonly memory?: Size;
-  /** Whether it has a `/dev/kvm`; yes unless told. */
+  /** Whether it has a `/dev/kvm`; yes unless told, or with Xen. */
   readonly kvm?: boolean;
+  /** Whether it is Xen's privileged domain, which has half of the memory, with a running xenstored; no unless told. */
+  readonly xen?: boolean;
   /** Folder of its files, which is removed at its end; a temporary one unless told. */
   readonly folder?: string;
   /** Gives up. */
@@ -74,6 +78,10 @@ mount -t proc proc proc
 mount -t sysfs sysfs sys
 mount -t cgroup2 cgroup2 sys/fs/cgroup
 mount --rbind /dev dev
+ln -sfn /proc/self/fd dev/fd
+ln -sfn fd/0 dev/stdin
+ln -sfn fd/1 dev/stdout
+ln -sfn fd/2 dev/stderr
 mount -t tmpfs -o mode=755 tmpfs run
 mkdir run/lock
 `;
@@ -98,23 +106,30 @@ async function findNesting(engine: QemuEngine, signal: AbortSignal): Promise<Nes
   return { accelerator: "tcg", module: "kvm_amd" };
 }
 
-function declareLab({ cpus = 1, memory = "4GiB", kvm = true }: LabOptions, nesting: Nesting): Stack {
+async function declareLab(
+  { cpus = 1, memory = "4GiB", kvm = true, xen = false }: LabOptions,
+  engine: QemuEngine,
+  context: BuildContext,
+): Promise<Stack> {
   const extraArguments = [
     "-virtfs",
     "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap",
   ];
-  return stack("lab", () => ({
-    lab: vm({
-      cpus,
-      memory,
-      maxMemory: memory,
-      image: debian({ flavour: "generic", modules: kvm ? [...MODULES, nesting.module] : MODULES }),
-      engine: qemu({
-        extraArguments,
-        ...(kvm && nesting.accelerator ? { accelerator: nesting.accelerator } : {}),
+  const machine = (modules: readonly string[], engine: EngineChoice, cmdline = "") =>
+    stack("lab", () => ({
+      lab: vm({
+        cpus,
+        memory,
+        maxMemory: memory,
+        image: debian({ flavour: "generic", modules: [...MODULES, ...modules] }),
+        engine,
+        cmdline,
       }),
-    }),
-  }));
+    }));
+  if (xen) return machine(XEN_MODULES, await xenEngine(memory, extraArguments, context), "loglevel=7");
+  if (!kvm) return machine([], qemu({ extraArguments }));
+  const { accelerator, module } = await findNesting(engine, context.signal);
+  return machine([module], qemu({ extraArguments, ...(accelerator ? { accelerator } : {}) }));
 }
 
 /** A machine with virtualization, and this machine's root file system. Disposing it leaves nothing of it. */
@@ -143,14 +158,13 @@ export class Lab implements AsyncDisposable {
     const guard = startGuard(folder);
     try {
       const paths = labPaths(folder);
+      const context = { cache: paths.cache, signal, report };
       // It has no network: what machines in it boot is fetched here.
-      await debianBuilder.build({ type: "debian", suite: "bookworm" }, {
-        cache: paths.cache,
-        signal,
-        report,
-      });
+      const { kernel } = await debianBuilder.build({ type: "debian", suite: "bookworm" }, context);
+      // To unpack one in an emulated machine takes minutes.
+      if (options.xen) await unpackKernel(kernel!.kernel, context);
       const engine = new QemuEngine(paths);
-      const graph = declareLab(options, await findNesting(engine, signal)).evaluate();
+      const graph = (await declareLab(options, engine, context)).evaluate();
       const kinds = machineKinds({
         paths,
         engines: [engine],
@@ -169,7 +183,8 @@ export class Lab implements AsyncDisposable {
         onEvent: (event) => event.type === "progress" && report(event.text),
       });
       const lab = new Lab(folder, await findMachine(folder), guard);
-      await lab.#setUp({ cache: paths.cache, signal, report });
+      await lab.#setUp(context);
+      if (options.xen) await lab.#setUpXen(context);
       return lab;
     } catch (error) {
       await endLab(folder, guard);
@@ -201,6 +216,17 @@ export class Lab implements AsyncDisposable {
       { signal: context.signal },
     );
     if (status !== 0) throw new MachineError(`Cannot set the lab up as its guest failed: ${stderr.trim()}`);
+  }
+
+  async #setUpXen(context: BuildContext): Promise<void> {
+    context.report("starting xenstored in it");
+    const { status, stderr } = await this.output(["sh", "-c", XEN_SETUP_SCRIPT], {
+      cwd: "/",
+      signal: context.signal,
+    });
+    if (status !== 0) {
+      throw new MachineError(`Cannot set Xen up in the lab as its guest failed: ${stderr.trim()}`);
+    }
   }
 
   /**
@@ -339,13 +365,15 @@ async function removeLab(folder: string): Promise<void> {
 }
 
 const USAGE = `Usage: deno task lab:kvm [FLAGS] [-- COMMAND...]
+       deno task lab:xen [FLAGS] [-- COMMAND...]
 
-Runs a command, or else a shell, in a machine with a /dev/kvm and with the files of this one. What it writes is lost
-at its end.
+Runs a command, or else a shell, in a machine with a /dev/kvm, or in the privileged domain of Xen, and with the files of
+this one. What it writes is lost at its end.
 
   --cpus=N       vCPUs (1; more may hang under emulation before QEMU 8.1)
-  --memory=SIZE  memory (4GiB)
+  --memory=SIZE  memory (4GiB), of which the privileged domain has half
   --no-kvm       without a /dev/kvm
+  --xen          with Xen, as lab:xen is
   --cwd=FOLDER   folder to start in (the current one)
   --keep=FOLDER  boot it and let it run until Ctrl-C, its files in a new folder
   --in=FOLDER    run the command in one that --keep lets run`;
@@ -441,6 +469,7 @@ async function main(): Promise<number> {
       keep: { type: "string" },
       memory: { type: "string" },
       "no-kvm": { type: "boolean" },
+      xen: { type: "boolean", default: false },
     },
   });
   if (values.guard !== undefined) {
@@ -465,6 +494,7 @@ async function main(): Promise<number> {
     using shown = progress();
     await using lab = await Lab.start({
       kvm: !values["no-kvm"],
+      xen: values.xen,
       signal,
       report: shown.report,
       ...(values.cpus === undefined ? {} : { cpus: Number(values.cpus) }),
@@ -473,7 +503,11 @@ async function main(): Promise<number> {
     });
     shown[Symbol.dispose]();
     if (values.keep === undefined) return await runIn(lab, command, values.cwd, signal);
-    say(`The lab runs until Ctrl-C; use it with: deno task lab:kvm --in=${lab.folder} -- COMMAND...`);
+    say(
+      `The lab runs until Ctrl-C; use it with: deno task lab:${
+        values.xen ? "xen" : "kvm"
+      } --in=${lab.folder} -- COMMAND...`,
+    );
     await new Promise((resolve) => signal.addEventListener("abort", resolve));
     return 0;
   } catch (error) {

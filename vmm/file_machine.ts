@@ -70,13 +70,14 @@ export abstract class FileMachine<Files extends MachineFiles> implements Machine
    * @param engine Name of the engine
    * @param paths Folders of this host
    * @param files Paths of its files, all in its folder
+   * @param channels How many data channels the agent has
    */
-  constructor(id: string, engine: EngineName, paths: Paths, files: Files) {
+  constructor(id: string, engine: EngineName, paths: Paths, files: Files, channels: number = DATA_CHANNELS) {
     this.id = id;
     this.engine = engine;
     this.paths = paths;
     this.files = files;
-    this.guest = new GuestChannel(guestEndpoints(files.folder, DATA_CHANNELS));
+    this.guest = new GuestChannel(guestEndpoints(files.folder, channels));
   }
 
   /** Path of the file that holds what the console printed since the last start. */

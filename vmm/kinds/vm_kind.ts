@@ -200,6 +200,9 @@ function disruption(
     if (parseSize(after) * BALLOON_RATIO < parseSize(limit)) {
       return { class: "reboot", mechanism: `restart: it can shrink to a quarter of ${limit}` };
     }
+    if (desired.engine.hypervisor !== undefined) {
+      return { class: "reboot", mechanism: "restart: a hypervisor's memory is fixed" };
+    }
     return { class: "live", mechanism: "balloon" };
   }
   if (field === "power") {
@@ -314,6 +317,8 @@ function prepare(
     const chosen = props.engine?.type;
     const isEmulated = chosen === "emulated" || chosen === "auto" && draft.recorded?.engine === "emulated";
     if (isEmulated) checkEmulated(draft, chosen, builder);
+    const hasHypervisor = props.engine?.hypervisor !== undefined;
+    if (hasHypervisor) checkHypervisor(draft, builder);
     // A machine that runs must be told when one of its disks grows.
     const disks = Object.entries(props.disks ?? {}).map(([name, each]) => {
       const size = isUnknown(each.disk)
@@ -327,11 +332,11 @@ function prepare(
       // A machine that is renamed keeps its identity.
       hostname: props.hostname ?? draft.recorded?.hostname ?? hostnameOf(address),
       ...(memory === undefined ? {} : {
-        maxMemory: props.maxMemory ?? derivedMaxMemory(
+        maxMemory: props.maxMemory ?? (hasHypervisor ? props.memory : derivedMaxMemory(
           memory,
           draft.recorded?.maxMemory,
           isEmulated ? Math.min(hostMemory, EMULATED_MEMORY - 2 ** 20) : hostMemory,
-        ),
+        )),
       }),
       ...(props.nics
         ? { nics: Object.fromEntries(Object.entries(props.nics).map(([name, nic]) => [name, { ...nic }])) }
@@ -445,6 +450,20 @@ function checkEmulated(
   }
   if (chosen === "emulated" && !props.kernel && builder?.needsFirmware?.(props.image)) {
     refuse("image", "no firmware to boot a disk by", "give it a kernel");
+  }
+}
+
+/** Refuses what a machine under a hypervisor of its own cannot have. */
+function checkHypervisor(
+  { props, report }: Draft<VmNormalProps, VmOutputs>,
+  builder: ImageBuilder | undefined,
+): void {
+  const [memory, maxMemory] = [knownSize(props.memory), knownSize(props.maxMemory)];
+  if (memory !== undefined && maxMemory !== undefined && maxMemory !== memory) {
+    report("maxMemory", "Memory under a hypervisor is fixed: leave maxMemory out", props.maxMemory);
+  }
+  if (!props.kernel && builder?.needsFirmware?.(props.image)) {
+    report("kernel", "A hypervisor boots no disk: give it a kernel");
   }
 }
 

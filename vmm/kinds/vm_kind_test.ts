@@ -57,6 +57,22 @@ Deno.test("a machine that auto() has made an emulated one stays so, and only its
   );
 });
 
+Deno.test("a machine under a hypervisor keeps its memory, and needs a kernel", async () => {
+  const engine = { type: "qemu", hypervisor: { path: "/xen", commandLine: "" } };
+  assert.deepEqual(
+    await prepare({ memory: "1GiB", maxMemory: "2GiB", engine }).then((each) => each.problems),
+    [
+      "maxMemory: Memory under a hypervisor is fixed: leave maxMemory out (2GiB)",
+    ],
+  );
+  const { props, problems } = await prepare({ memory: "1GiB", engine }, { maxMemory: "2GiB" });
+  assert.deepEqual([props.maxMemory, problems], ["1GiB", []]);
+  const change = { field: "memory", before: "1GiB", after: "512MiB" };
+  const recorded = { props } as Parameters<NonNullable<typeof kind.disruption>>[1];
+  assert.equal(kind.disruption!(change, recorded, props).class, "reboot");
+  assert.equal(kind.disruption!(change, recorded, { ...props, engine: { type: "qemu" } }).class, "live");
+});
+
 Deno.test("an emulated machine grows no further than it can", async () => {
   const wanted = { memory: "1200MiB", engine: EMULATED } as const;
   assert.equal((await prepare(wanted)).props.maxMemory, "2047MiB");

@@ -5,7 +5,9 @@
  */
 
 import { join } from "node:path";
+import type { Hypervisor } from "../../dsl/mod.ts";
 import type { MachineDisk, MachineForward, MachineNic, MachineSpec } from "../engine.ts";
+import { MachineError } from "../errors.ts";
 import { DATA_CHANNELS, type MachineFiles, machineFiles } from "../file_machine.ts";
 import { guestDeviceArguments, guestEndpoints } from "../guest/channel.ts";
 import type { AcceleratorName } from "./accelerator.ts";
@@ -66,9 +68,12 @@ export function qemuArguments(
     }` +
     ((index & 7) === 0 ? ",multifunction=on" : ""),
   ]).flat();
-  const cmdline = ["console=ttyS0 hypertopia.control=hvc0", spec.cmdline].filter((each) => each !== "").join(
-    " ",
-  );
+  const hypervisor = spec.engine.hypervisor as Required<Hypervisor> | undefined;
+  // Xen has the first serial port and shows the first domain's console there: that is hvc0, before any of virtio's.
+  const consoles = hypervisor
+    ? "console=hvc0 hypertopia.control=hvc1"
+    : "console=ttyS0 hypertopia.control=hvc0";
+  const cmdline = [consoles, spec.cmdline].filter((each) => each !== "").join(" ");
   return [
     "-name",
     escapeOption(`${spec.stack}/${spec.address}`),
@@ -105,8 +110,8 @@ export function qemuArguments(
     "-serial",
     "chardev:console",
     ...(spec.hasAgent ? guestDeviceArguments(guestEndpoints(files.folder, DATA_CHANNELS)) : []),
-    "-device",
-    "virtio-balloon-pci,id=balloon",
+    // What the first domain takes for memory of the machine is another part of it: QEMU would drop what others use.
+    ...(hypervisor ? [] : ["-device", "virtio-balloon-pci,id=balloon"]),
     "-object",
     "rng-random,id=entropy,filename=/dev/urandom",
     "-device",
@@ -124,9 +129,43 @@ export function qemuArguments(
       "-device",
       JSON.stringify(nicDevice(nic, `port${spec.disks.length + index}`)),
     ]),
-    ...(spec.kernel === undefined ? [] : ["-kernel", spec.kernel, "-append", cmdline]),
-    ...(spec.initramfs.length === 0 ? [] : ["-initrd", files.initramfs]),
+    ...(hypervisor ? multibootArguments(hypervisor, spec, files, cmdline) : [
+      ...(spec.kernel === undefined ? [] : ["-kernel", spec.kernel, "-append", cmdline]),
+      ...(spec.initramfs.length === 0 ? [] : ["-initrd", files.initramfs]),
+    ]),
     ...((spec.engine.extraArguments as readonly string[] | undefined) ?? []),
+  ];
+}
+
+/** QEMU's list of Multiboot modules is separated by commas; what follows a module's first space is its command line. */
+function multibootArguments(
+  hypervisor: Required<Hypervisor>,
+  spec: MachineSpec,
+  files: QemuFiles,
+  cmdline: string,
+): string[] {
+  if (spec.kernel === undefined) {
+    throw new MachineError(
+      `Cannot start "${spec.address}" under a hypervisor as its image has no kernel: give it one`,
+    );
+  }
+  const paths = [spec.kernel, ...(spec.initramfs.length === 0 ? [] : [files.initramfs])];
+  const odd = paths.find((path) => path.includes(" "));
+  if (odd !== undefined) {
+    throw new MachineError(
+      `Cannot start "${spec.address}" under a hypervisor as QEMU takes no spaces in the path "${odd}": ` +
+        `set HYPERTOPIA_HOME and HYPERTOPIA_CACHE to other paths`,
+    );
+  }
+  const modules = paths.map(escapeOption);
+  modules[0] += ` ${escapeOption(cmdline)}`;
+  return [
+    "-kernel",
+    hypervisor.path,
+    "-append",
+    hypervisor.commandLine,
+    "-initrd",
+    modules.join(","),
   ];
 }
 

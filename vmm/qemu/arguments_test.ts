@@ -44,6 +44,28 @@ Deno.test("qemuArguments() gives each device a port and keeps some free", () => 
   assert.ok(!booted.some((word) => word.includes("virtconsole")));
 });
 
+Deno.test("qemuArguments() boots a hypervisor with kernel and initramfs as its modules, and gives it no balloon", () => {
+  const under = {
+    ...spec,
+    cmdline: "quiet a=1,2",
+    engine: { hypervisor: { path: "/xen", commandLine: "console=com1" } },
+  };
+  const args = qemuArguments(under, qemuFiles("/m,1"), "tcg");
+  const after = (flag: string) => args[args.indexOf(flag) + 1];
+  assert.deepEqual(["-kernel", "-append", "-initrd"].map(after), [
+    "/xen",
+    "console=com1",
+    "/k console=hvc0 hypertopia.control=hvc1 quiet a=1,,2,/m,,1/initramfs",
+  ]);
+  assert.ok(!args.some((word) => word.includes("balloon")));
+  assert.throws(
+    () => qemuArguments(under, qemuFiles("/m 1"), "tcg"),
+    /no spaces in the path "\/m 1\/initramfs"/,
+  );
+  const { kernel: _kernel, ...disk } = under;
+  assert.throws(() => qemuArguments(disk, qemuFiles("/m"), "tcg"), /its image has no kernel: give it one/);
+});
+
 Deno.test("networkBackend() writes forwards and cuts the way out where it is not wanted", () => {
   const text = networkBackend(spec.nics[0]!);
   assert.match(text, /restrict=on/);

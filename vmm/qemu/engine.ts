@@ -279,12 +279,14 @@ export class QemuMachine extends FileMachine<QemuFiles> {
     await removeIfThere(this.files.pid);
   }
 
-  /** Tells whether the devices to be plugged fit into the free ports; a restart makes new ones. */
+  /** Tells whether the devices to be plugged fit into the free ports, and memory can change; a restart makes it so. */
   protected async canPlug(
     current: MachineSpec,
     spec: MachineSpec,
     options: OperationOptions,
   ): Promise<boolean> {
+    // It has no balloon.
+    if (spec.engine.hypervisor !== undefined && current.memory !== spec.memory) return false;
     const added = (
       before: readonly { readonly name: string }[],
       after: readonly { readonly name: string }[],
