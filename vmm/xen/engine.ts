@@ -1,0 +1,460 @@
+/**
+ * The Xen engine: domains by hypercalls and xenstore, with a detached process for the consoles of each.
+ *
+ * @module
+ */
+
+import { listLoops, resizeLoop } from "../../ffi/mod.ts";
+import { type DomainInfo, Xen, Xenstore } from "../../ffi/xen/mod.ts";
+import { equal, isRunning } from "../../planner/mod.ts";
+import { moduleBeside, spawnDetached } from "../detached.ts";
+import type {
+  Capabilities,
+  Engine,
+  MachineNeeds,
+  MachineSpec,
+  MachineStatus,
+  OperationOptions,
+  UpdateResult,
+} from "../engine.ts";
+import { MachineError } from "../errors.ts";
+import { delay, FileMachine, killProcess, machineFiles, machineIds, readJson } from "../file_machine.ts";
+import { exists, removeIfThere, writeWhole } from "../files.ts";
+import { findPanic, tailOf } from "../machine_files.ts";
+import { hasNft } from "../net/host_network.ts";
+import { hostPaths, machineFolder, type Paths } from "../paths.ts";
+import { startError } from "../supervised_machine.ts";
+import type { Log } from "../supervisor/log.ts";
+import { domainPath } from "./devices.ts";
+import { domainsOf, machineOfHandle } from "./domain.ts";
+import { keepDomain } from "./keeper.ts";
+import {
+  bridgeOf,
+  hostNetwork,
+  type KeeperFile,
+  launchDomain,
+  sweepDomains,
+  tune,
+  XEN_CHANNELS,
+  type XenFiles,
+  xenFiles,
+  type XenHost,
+  type XenRunFile,
+} from "./launch.ts";
+
+const PAGE = 4096;
+const KIBIBYTE = 2 ** 10;
+/** Most vCPUs of a domain that Xen gives memory-mapped interrupt controllers (Xen 4.17 `HVM_MAX_VCPUS`). */
+const MAX_VCPUS = 128;
+/** How long a keeper may take to serve consoles, in milliseconds. */
+const KEEPER_TIMEOUT = 120_000;
+
+/** Runs machines as domains of Xen. */
+export class XenEngine implements Engine {
+  /** The engine's name. */
+  readonly name = "xen";
+  readonly #paths: Paths;
+
+  /**
+   * Looks at nothing yet.
+   *
+   * @param paths Folders of this host
+   */
+  constructor(paths: Paths = hostPaths()) {
+    this.#paths = paths;
+  }
+
+  /**
+   * Finds out by asking the hypervisor whether Xen works here, and whether it can run what is asked for.
+   *
+   * @param options What the machine needs
+   * @returns What was found
+   */
+  async probe(options: OperationOptions & { needs?: MachineNeeds } = {}): Promise<Capabilities> {
+    const hypervisor = await probeXen();
+    const findings = [{ name: "hypervisor", ...hypervisor }];
+    const { needs } = options;
+    const reason = !hypervisor.isUsable
+      ? hypervisor.detail
+      : needs?.hasFirmware
+      ? "a PVH domain has no firmware to boot a disk by: give the machine a kernel"
+      : (needs?.cpus ?? 1) > MAX_VCPUS
+      ? `it runs at most ${MAX_VCPUS} vCPUs`
+      : needs?.hasNics && !(await hasNft())
+      ? "its NICs may need NAT, and nft is not installed (apt-get install nftables)"
+      : undefined;
+    return { engine: "xen", isUsable: reason === undefined, detail: reason ?? hypervisor.detail, findings };
+  }
+
+  /**
+   * Gives the machine of an identity.
+   *
+   * @param id Identity
+   * @returns The machine, which may not exist yet
+   */
+  attach(id: string): XenMachine {
+    return new XenMachine(id, this.#paths);
+  }
+
+  /**
+   * Lists the machines of this host: one hypercall tells of all domains.
+   *
+   * @param wanted Only these; all unless told
+   * @returns How each one is
+   */
+  async list(wanted?: ReadonlySet<string>): Promise<MachineStatus[]> {
+    const machines: XenMachine[] = [];
+    for (const id of await machineIds(this.#paths)) {
+      const machine = this.attach(id);
+      if ((wanted?.has(id) ?? true) && await machine.spec()) machines.push(machine);
+    }
+    if (machines.length === 0) return [];
+    const domains = listDomains();
+    return await Promise.all(machines.map((machine) => machine.statusAmong(domains)));
+  }
+}
+
+/** A machine that is a domain of Xen. */
+export class XenMachine extends FileMachine<XenFiles> {
+  /**
+   * Looks at nothing yet.
+   *
+   * @param id Identity
+   * @param paths Folders of this host
+   */
+  constructor(id: string, paths: Paths) {
+    super(id, "xen", paths, xenFiles(machineFiles(machineFolder(paths, id))), XEN_CHANNELS);
+  }
+
+  /**
+   * Looks how it is.
+   *
+   * @returns Its status
+   */
+  async status(): Promise<MachineStatus> {
+    return await this.statusAmong(await this.spec() ? listDomains() : []);
+  }
+
+  /**
+   * Finds out how it is.
+   *
+   * @param domains All domains of the host
+   * @returns Its status
+   */
+  async statusAmong(domains: readonly DomainInfo[]): Promise<MachineStatus> {
+    const spec = await this.spec();
+    const known = { id: this.id, stack: spec?.stack ?? "", address: spec?.address ?? "" };
+    if (!spec) return { ...known, state: "absent" };
+    const run = await readJson<XenRunFile>(this.files.run);
+    const domain = domains.find(({ domid, handle }) =>
+      domid === run?.domid && machineOfHandle(handle) === this.id
+    );
+    if (run?.end?.reason === "crash" || domain?.shutdownReason === "crash") {
+      return { ...known, state: "crashed", detail: run?.end?.detail ?? "the guest crashed" };
+    }
+    if (!domain || domain.isDying) {
+      const isLost = run?.domid !== undefined && !run.end;
+      const detail = isLost
+        ? "its domain is gone: it was destroyed, or the host was restarted"
+        : run?.end?.reason === "failure"
+        ? run.end.detail
+        : undefined;
+      return { ...known, state: "stopped", ...(detail === undefined ? {} : { detail }) };
+    }
+    const keeper = await this.#keeper();
+    const pid = keeper?.process.pid;
+    const panic = await findPanic(this.files.consoleLog);
+    if (panic !== undefined) return { ...known, state: "crashed", detail: panic };
+    if (domain.shutdownReason !== undefined && pid === undefined) return { ...known, state: "stopped" };
+    if (pid === undefined) {
+      return { ...known, state: "crashed", detail: "the process that keeps its consoles is gone" };
+    }
+    return { ...known, pid, state: domain.isPaused ? "paused" : "running" };
+  }
+
+  /**
+   * Makes it be as a spec says. Where only the process is gone that keeps its consoles, the guest does not notice.
+   *
+   * @param spec What it should be made of
+   * @param options Signal and progress, and how long a shutdown may take, in milliseconds, where it takes a restart
+   * @returns Whether it was restarted
+   */
+  override async update(
+    spec: MachineSpec,
+    options: OperationOptions & { shutdownTimeout?: number } = {},
+  ): Promise<UpdateResult> {
+    const current = await this.spec();
+    if (current && await this.isAlive() && !(await this.#keeper())) {
+      options.report?.("starting the process that keeps its consoles");
+      await this.#startKeeper(current, options);
+    }
+    return await super.update(spec, options);
+  }
+
+  /** Stops its vCPUs. */
+  async pause(): Promise<void> {
+    await this.ask("pause", async () => {
+      using xen = Xen.open();
+      const domain = await this.#domain(xen);
+      if (!domain.isPaused) xen.pause(domain.domid);
+    });
+  }
+
+  /** Lets its vCPUs go on. */
+  async resume(): Promise<void> {
+    await this.ask("resume", async () => {
+      using xen = Xen.open();
+      const domain = await this.#domain(xen);
+      if (domain.isPaused) xen.unpause(domain.domid);
+    });
+  }
+
+  /**
+   * Serves its consoles in this process, until its domain has ended.
+   *
+   * @param log Takes what happens
+   * @param signal Ends this; the domain goes on
+   * @throws {MachineError} If it is not on record
+   */
+  async keep(log: Log, signal: AbortSignal): Promise<void> {
+    const spec = await this.spec();
+    if (!spec) throw new MachineError(`Cannot keep the machine ${this.id} as it is not on record`);
+    await keepDomain({ spec, files: this.files, paths: this.paths, log, signal });
+  }
+
+  /** Tells whether it has a domain that has not ended. */
+  protected async isAlive(): Promise<boolean> {
+    const run = await readJson<XenRunFile>(this.files.run);
+    if (run?.domid === undefined) return false;
+    using xen = Xen.open();
+    const domain = xen.domain(run.domid);
+    return domain !== undefined && machineOfHandle(domain.handle) === this.id && !domain.isDying &&
+      domain.shutdownReason === undefined;
+  }
+
+  /** Tells whether a live change is enough: what is plugged takes a restart. */
+  protected canPlug(current: MachineSpec, spec: MachineSpec): Promise<boolean> {
+    const names = (each: MachineSpec) => [...each.disks, ...each.nics].map(({ name }) => name);
+    return Promise.resolve(equal(names(current), names(spec)));
+  }
+
+  /** Builds its domain, while the process starts that keeps it. */
+  protected async startNow(spec: MachineSpec, options: OperationOptions): Promise<void> {
+    if (await this.isAlive()) return;
+    if (spec.kernel === undefined) {
+      throw new MachineError(
+        `Cannot start "${spec.address}" on the engine "xen" as a PVH domain has no firmware to boot a disk by: ` +
+          `give it a kernel, or choose qemu()`,
+      );
+    }
+    await using host = await openHost(this.paths);
+    await this.#endKeeper();
+    await sweepDomains(host, this.id, spec);
+    await this.prepare(spec, options);
+    await removeIfThere(this.files.run);
+    const keeper = this.#spawnKeeper();
+    try {
+      await launchDomain(host, spec, this.files, options);
+      await this.#waitForKeeper(spec, keeper, options);
+    } catch (error) {
+      await this.killNow();
+      await this.release(spec);
+      if (options.signal?.aborted) throw options.signal.reason;
+      if (!(error instanceof Error)) throw error;
+      throw startError(spec, error.message);
+    }
+  }
+
+  /** Asks the guest to power off, as `xl shutdown` does. */
+  protected async pressPower(): Promise<void> {
+    using xen = Xen.open();
+    const { domid } = await this.#domain(xen);
+    using xenstore = await Xenstore.connect();
+    await xenstore.write(`${domainPath(domid)}/control/shutdown`, "poweroff");
+  }
+
+  /** Destroys its domain. */
+  protected async killNow(): Promise<void> {
+    await this.#endKeeper();
+    // Without Xen there are no domains either.
+    if (!(await exists(this.files.run)) && !isXenHost()) return;
+    await using host = await openHost(this.paths);
+    const had = domainsOf(host.xen, this.id).length > 0;
+    await sweepDomains(host, this.id, await this.spec());
+    if (had) {
+      const end = { reason: "stopped", detail: "it was powered off" } as const;
+      await writeWhole(this.files.run, JSON.stringify({ end }));
+    }
+  }
+
+  /** Grows disks, moves forwards, the balloon, and what the scheduler does. */
+  protected async updateNow(
+    current: MachineSpec,
+    spec: MachineSpec,
+    options: OperationOptions,
+  ): Promise<void> {
+    using xen = Xen.open();
+    const { domid } = await this.#domain(xen);
+    const loops = new Map([...listLoops()].map(([device, file]) => [file, device]));
+    for (const disk of spec.disks) {
+      const before = current.disks.find((each) => each.name === disk.name);
+      const loop = loops.get(disk.path);
+      if (disk.readOnly || before?.size === disk.size || loop === undefined) continue;
+      options.report?.(`growing disk ${disk.name}`);
+      await Deno.truncate(disk.path, disk.size);
+      resizeLoop(loop);
+    }
+    if (!equal(current.engine, spec.engine)) tune(xen, domid, spec);
+    if (!equal(current.nics, spec.nics)) {
+      await this.record({ ...current, nics: spec.nics });
+      await this.#endKeeper();
+      await this.#startKeeper(spec, options);
+    }
+    if (spec.memory === current.memory) return;
+    using xenstore = await Xenstore.connect();
+    await xenstore.write(`${domainPath(domid)}/memory/target`, `${spec.memory / KIBIBYTE}`);
+    const { pages = 0 } = await readJson<XenRunFile>(this.files.run) ?? {};
+    const read = () => {
+      const now = xen.domain(domid)?.pages ?? 0;
+      return Promise.resolve(current.maxMemory - (pages - now) * PAGE);
+    };
+    await this.waitForBalloon(read, spec.memory, options);
+  }
+
+  /** A network that no machine uses any more leaves nothing on the host. */
+  protected override async release(spec: MachineSpec | undefined): Promise<void> {
+    if (!spec || spec.nics.length === 0) return;
+    const network = hostNetwork(this.paths);
+    for (const name of new Set(spec.nics.map((nic) => bridgeOf(spec, nic).name))) {
+      await network.releaseBridge(name);
+    }
+  }
+
+  async #domain(xen: Xen): Promise<DomainInfo> {
+    const run = await readJson<XenRunFile>(this.files.run);
+    const domain = run?.domid === undefined ? undefined : xen.domain(run.domid);
+    if (domain && machineOfHandle(domain.handle) === this.id) return domain;
+    throw new MachineError("it has no domain");
+  }
+
+  /** Who keeps its consoles; undefined where nobody does. */
+  async #keeper(): Promise<KeeperFile | undefined> {
+    const keeper = await readJson<KeeperFile>(this.files.keeper);
+    return keeper && isRunning(keeper.process) ? keeper : undefined;
+  }
+
+  #spawnKeeper(): Deno.ChildProcess {
+    const { engineLog } = this.files;
+    return spawnDetached(moduleBeside("./keeper_main", import.meta.url), engineLog, [
+      ...["--id", this.id, "--log-path", engineLog],
+    ]);
+  }
+
+  async #startKeeper(spec: MachineSpec, options: OperationOptions): Promise<void> {
+    await this.#waitForKeeper(spec, this.#spawnKeeper(), options);
+  }
+
+  async #waitForKeeper(
+    spec: MachineSpec,
+    child: Deno.ChildProcess,
+    options: OperationOptions,
+  ): Promise<void> {
+    let isGone = false;
+    void child.status.then(() => isGone = true);
+    const deadline = Date.now() + KEEPER_TIMEOUT;
+    while (true) {
+      if ((await this.#keeper())?.domid !== undefined) return;
+      // A guest can be faster than we look.
+      if (isGone && (await readJson<XenRunFile>(this.files.run))?.end) return;
+      if (isGone || Date.now() > deadline) {
+        const words = (await tailOf(this.files.engineLog, 2000)).trim().split("\n").at(-1) ?? "";
+        throw startError(
+          spec,
+          `the process that keeps its consoles ${isGone ? `ended: ${words}` : "does not answer"}`,
+        );
+      }
+      options.signal?.throwIfAborted();
+      await delay(20);
+    }
+  }
+
+  async #endKeeper(): Promise<void> {
+    const keeper = await readJson<KeeperFile>(this.files.keeper);
+    if (keeper && isRunning(keeper.process)) {
+      killProcess(keeper.process.pid);
+      while (isRunning(keeper.process)) await delay(10);
+    }
+    await removeIfThere(this.files.keeper);
+  }
+}
+
+/** Opens what domains are made with. */
+async function openHost(paths: Paths): Promise<XenHost & AsyncDisposable> {
+  const resources = new DisposableStack();
+  try {
+    const xen = resources.use(Xen.open());
+    const xenstore = resources.use(await Xenstore.connect());
+    return {
+      xen,
+      xenstore,
+      paths,
+      [Symbol.asyncDispose]: () => Promise.resolve(resources.dispose()),
+    };
+  } catch (error) {
+    resources.dispose();
+    throw error;
+  }
+}
+
+function isXenHost(): boolean {
+  try {
+    return Deno.statSync("/dev/xen/privcmd").isCharDevice ?? false;
+  } catch {
+    return false;
+  }
+}
+
+/** All domains; none where there is no hypervisor. */
+function listDomains(): DomainInfo[] {
+  if (!isXenHost()) return [];
+  using xen = Xen.open();
+  return xen.listDomains();
+}
+
+async function probeXen(): Promise<{ readonly isUsable: boolean; readonly detail: string }> {
+  try {
+    using xen = Xen.open();
+    const { major, minor } = xen.version();
+    const name = `Xen ${major}.${minor}`;
+    const { hasHvm, hasHap, freePages } = xen.physicalInfo();
+    if (!hasHvm || !hasHap) {
+      return {
+        isUsable: false,
+        detail:
+          `${name} has no hardware paging here, which PVH domains need: switch on AMD-V with NPT or VT-x with EPT ` +
+          `in the firmware's setup`,
+      };
+    }
+    try {
+      using _xenstore = await Xenstore.connect();
+    } catch (error) {
+      return { isUsable: false, detail: error instanceof Error ? error.message : String(error) };
+    }
+    for (const module of ["xen_blkback", "xen_netback"]) {
+      if (await exists(`/sys/module/${module}`)) continue;
+      return {
+        isUsable: false,
+        detail:
+          `the kernel's module ${module} is not loaded, without which domains have no devices: modprobe ${module}`,
+      };
+    }
+    const foreign = xen.listDomains().filter(({ domid, handle }) => domid !== 0 && !machineOfHandle(handle));
+    const others = foreign.length === 0 ? "" : `, ${foreign.length} domains of others`;
+    return {
+      isUsable: true,
+      detail: `${name}, PVH, ${Math.floor(freePages * PAGE / 2 ** 20)} MiB free${others}`,
+    };
+  } catch (error) {
+    return { isUsable: false, detail: error instanceof Error ? error.message : String(error) };
+  }
+}

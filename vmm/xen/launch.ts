@@ -1,0 +1,282 @@
+/**
+ * Starting and ending the domain of a machine, with what it needs of the host: loop devices for its disks, and bridges that
+ * its NICs are plugged into.
+ *
+ * @module
+ */
+
+import { join } from "node:path";
+import { attachLoop, detachLoop, listLoops, NetworkInterfaces } from "../../ffi/mod.ts";
+import type { DomainInfo, Xen, Xenstore } from "../../ffi/xen/mod.ts";
+import type { MachineNic, MachineSpec, OperationOptions } from "../engine.ts";
+import { MachineError } from "../errors.ts";
+import type { MachineFiles } from "../file_machine.ts";
+import { writeWhole } from "../files.ts";
+import { unpackKernel } from "../images/kernel_image.ts";
+import { bridgeName, type BridgeSpec, HostNetwork } from "../net/host_network.ts";
+import type { Paths } from "../paths.ts";
+import { type ProcessIdentity } from "../../planner/mod.ts";
+import { diskName, type XenDisk } from "./devices.ts";
+import { buildDomain, destroyDomain, domainsOf } from "./domain.ts";
+
+/** Data channels of a guest: Linux has 8 consoles in all, one for the kernel, one for control, and two for each channel. */
+export const XEN_CHANNELS = 3;
+/** Consoles of a guest beside the kernel's. */
+export const FURTHER_CONSOLES: number = 1 + 2 * XEN_CHANNELS;
+/** Words for the kernel of every guest: consoles, and which of them the agent has. */
+const COMMAND_LINE = "console=hvc0 hypertopia.control=hvc1 hypertopia.channels=hvc2";
+const MTU = 1500;
+/** How long the host's driver may take to make its end of a NIC, in milliseconds. */
+const INTERFACE_TIMEOUT = 30_000;
+
+/** The file that tells which domain a machine has, and how its last one ended. */
+export interface XenRunFile {
+  /** The domain; absent once the run has ended. */
+  readonly domid?: number;
+  /** Pages that it had when it was built. */
+  readonly pages?: number;
+  /** Its end of the event channel of the kernel's console. */
+  readonly consolePort?: number;
+  /** How the run ended. */
+  readonly end?: XenEnd;
+}
+
+/** How a run ended. */
+export interface XenEnd {
+  /** Why. */
+  readonly reason: "poweroff" | "crash" | "stopped" | "failure";
+  /** The same in words. */
+  readonly detail: string;
+}
+
+/** The file that tells who keeps a domain's consoles. */
+export interface KeeperFile {
+  /** The process. */
+  readonly process: ProcessIdentity;
+  /** The domain whose consoles it serves. */
+  readonly domid?: number;
+}
+
+/** Paths of a machine's files. */
+export interface XenFiles extends MachineFiles {
+  /** The {@linkcode XenRunFile}. */
+  readonly run: string;
+  /** The {@linkcode KeeperFile}. */
+  readonly keeper: string;
+}
+
+/** Options of the engine as a machine has them. */
+export interface XenMachineOptions {
+  /** Share of the processors, relative to other domains'. */
+  readonly weight?: number;
+  /** Most of a processor that it gets, in percent. */
+  readonly cap?: number;
+  /** Processors that its vCPUs run on: of all of them, or of each. */
+  readonly pin?: readonly number[] | readonly (readonly number[])[];
+  /** What happens to a domain that has crashed. */
+  readonly crash?: "destroy" | "restart" | "preserve";
+}
+
+/** What the functions here work with. */
+export interface XenHost {
+  /** The hypervisor. */
+  readonly xen: Xen;
+  /** A connection to xenstored. */
+  readonly xenstore: Xenstore;
+  /** Folders of this host. */
+  readonly paths: Paths;
+}
+
+/**
+ * Names the files of a machine.
+ *
+ * @param files Those that all machines have
+ * @returns All of them
+ */
+export function xenFiles(files: MachineFiles): XenFiles {
+  return { ...files, run: join(files.folder, "run.json"), keeper: join(files.folder, "keeper.json") };
+}
+
+/**
+ * Builds the domain of a machine, puts it on record, and lets it run.
+ *
+ * @param host What to work with
+ * @param spec The machine
+ * @param files Its files, with the initramfs joined
+ * @param options Signal and progress
+ * @returns What was put on record
+ * @throws {MachineError} If it cannot be built; nothing stays then
+ */
+export async function launchDomain(
+  host: XenHost,
+  spec: MachineSpec,
+  files: XenFiles,
+  options: OperationOptions,
+): Promise<XenRunFile> {
+  const { xen, xenstore, paths } = host;
+  const { signal, report = () => {} } = options;
+  const kernel = await unpackKernel(spec.kernel!, {
+    cache: paths.cache,
+    signal: signal ?? new AbortController().signal,
+    report,
+  });
+  for (const nic of uniqueNetworks(spec)) await hostNetwork(paths).ensureBridge(bridgeOf(spec, nic));
+  let domain: DomainInfo | undefined;
+  try {
+    report("building the domain");
+    const built = await buildDomain(xen, xenstore, {
+      id: spec.id,
+      name: domainName(spec),
+      cpus: spec.cpus,
+      memory: spec.memory,
+      maxMemory: spec.maxMemory,
+      kernel,
+      kernelName: spec.kernel!,
+      initramfs: [files.initramfs],
+      commandLine: commandLine(spec),
+      disks: spec.disks.map((disk, index) => attachDisk(disk, index)),
+      networks: spec.nics.map(({ mac }, index) => ({ index, mac, mtu: MTU })),
+      furtherConsoles: spec.hasAgent ? FURTHER_CONSOLES : 0,
+    }, signal ? { signal } : {});
+    const { domid, pages, consolePort } = built;
+    domain = xen.domain(domid);
+    tune(xen, domid, spec);
+    await plugInterfaces(domid, spec, signal);
+    const run: XenRunFile = { domid, pages, consolePort };
+    await writeWhole(files.run, JSON.stringify(run));
+    signal?.throwIfAborted();
+    xen.unpause(domid);
+    return run;
+  } catch (error) {
+    if (domain) await destroyDomain(xen, xenstore, domain);
+    releaseDisks(spec);
+    throw error;
+  }
+}
+
+/**
+ * Destroys all domains of a machine, whole ones and what is left of others, and gives their loop devices back.
+ *
+ * @param host What to work with
+ * @param id Identity of the machine
+ * @param spec The machine, where it is known
+ */
+export async function sweepDomains(
+  { xen, xenstore }: XenHost,
+  id: string,
+  spec: MachineSpec | undefined,
+): Promise<void> {
+  for (const domain of domainsOf(xen, id)) await destroyDomain(xen, xenstore, domain);
+  if (spec) releaseDisks(spec);
+}
+
+/**
+ * Changes what the scheduler does with a domain, while it runs too.
+ *
+ * @param xen The hypervisor
+ * @param domid The domain
+ * @param spec The machine
+ */
+export function tune(xen: Xen, domid: number, spec: MachineSpec): void {
+  const { weight, cap, pin } = spec.engine as XenMachineOptions;
+  if (weight !== undefined || cap !== undefined) {
+    xen.setSchedule(domid, {
+      ...(weight === undefined ? {} : { weight }),
+      ...(cap === undefined ? {} : { cap }),
+    });
+  }
+  if (pin === undefined) return;
+  for (let vcpu = 0; vcpu < spec.cpus; vcpu++) {
+    const each = pin[vcpu];
+    xen.setVcpuAffinity(domid, vcpu, typeof each === "object" ? each : pin as readonly number[]);
+  }
+}
+
+/**
+ * Names the bridge of a NIC's network.
+ *
+ * @param spec The machine
+ * @param nic The NIC
+ * @returns The bridge
+ */
+export function bridgeOf(spec: MachineSpec, nic: MachineNic): BridgeSpec {
+  return {
+    name: bridgeName(`${spec.stack}\n${nic.network}`),
+    cidr: nic.cidr,
+    gateway: nic.gateway,
+    dns: nic.dns,
+    nat: nic.nat,
+  };
+}
+
+/**
+ * Gives what changes the networks of this host.
+ *
+ * @param paths Folders of this host
+ * @returns It
+ */
+export function hostNetwork(paths: Paths): HostNetwork {
+  return new HostNetwork({ lock: join(paths.data, "network.lock") });
+}
+
+/**
+ * Names a domain for other programs of the host.
+ *
+ * @param spec The machine
+ * @returns Such as `shop-web_0`
+ */
+export function domainName(spec: Pick<MachineSpec, "stack" | "address">): string {
+  return `${spec.stack}-${spec.address}`.replaceAll(/[^A-Za-z0-9_.-]/g, "_").replace(/_+$/, "");
+}
+
+function uniqueNetworks(spec: MachineSpec): MachineNic[] {
+  return [...new Map(spec.nics.map((nic) => [nic.network, nic])).values()];
+}
+
+function commandLine(spec: MachineSpec): string {
+  // Disks have no serial numbers here.
+  const disks = spec.disks.map(({ serial }, index) => `hypertopia.disk=${serial}:${diskName(index)}`);
+  return [COMMAND_LINE, ...disks, spec.cmdline].filter((word) => word !== "").join(" ");
+}
+
+function attachDisk(disk: MachineSpec["disks"][number], index: number): XenDisk {
+  if (disk.format !== "raw") {
+    throw new MachineError(
+      `Cannot give the disk "${disk.name}" to a domain as the kernel serves raw files only, and "${disk.path}" is ` +
+        `${disk.format}: convert it`,
+    );
+  }
+  const { major, minor } = attachLoop(disk.path, { readOnly: disk.readOnly });
+  return { index, major, minor, readOnly: disk.readOnly, discard: !disk.readOnly, file: disk.path };
+}
+
+/** Gives back the loop devices of a machine's disks; the kernel waits until nobody uses them. */
+function releaseDisks(spec: MachineSpec): void {
+  const files = new Set(spec.disks.map(({ path }) => path));
+  for (const [device, file] of listLoops()) if (files.has(file)) detachLoop(device);
+}
+
+/** Plugs what netback makes, `vifDOMID.INDEX`, into bridges. */
+async function plugInterfaces(
+  domid: number,
+  spec: MachineSpec,
+  signal: AbortSignal | undefined,
+): Promise<void> {
+  using interfaces = new NetworkInterfaces();
+  const deadline = Date.now() + INTERFACE_TIMEOUT;
+  for (const [index, nic] of spec.nics.entries()) {
+    const name = `vif${domid}.${index}`;
+    while (!interfaces.has(name)) {
+      signal?.throwIfAborted();
+      if (Date.now() > deadline) {
+        throw new MachineError(
+          `Cannot plug in the NIC "${nic.name}" as the kernel makes no interface for it: load its module with ` +
+            `"modprobe xen-netback", and look at dmesg`,
+        );
+      }
+      await new Promise((resolve) => setTimeout(resolve, 5));
+    }
+    interfaces.addToBridge(bridgeOf(spec, nic).name, name);
+    interfaces.setUp(name, true);
+  }
+}
