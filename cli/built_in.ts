@@ -21,6 +21,7 @@ import {
   machineKinds,
   type Paths,
   QemuEngine,
+  XenEngine,
 } from "../vmm/mod.ts";
 import type { CliOptions } from "./run.ts";
 
@@ -32,7 +33,12 @@ import type { CliOptions } from "./run.ts";
  * @returns The engines
  */
 export function builtInEngines(paths: Paths = hostPaths(), options: EmulatedEngineOptions = {}): Engine[] {
-  return [new KvmEngine(paths), new QemuEngine(paths), new EmulatedEngine(paths, options)];
+  return [
+    new KvmEngine(paths),
+    new XenEngine(paths),
+    new QemuEngine(paths),
+    new EmulatedEngine(paths, options),
+  ];
 }
 
 /**

@@ -49,12 +49,16 @@ export const LIBC_SYMBOLS = {
   ioctl: { parameters: ["i32", "u64", "u64"], result: "i32" },
   /** `int ioctl(int fd, unsigned long request, void *argument)` */
   ioctl_buffer: { name: "ioctl", parameters: ["i32", "u64", "buffer"], result: "i32" },
+  /** `long syscall(SYS_ioctl, int fd, unsigned long request, void *argument)`: a result that may need more than 32 bits */
+  ioctl_long: { name: "syscall", parameters: ["i64", "i32", "u64", "buffer"], result: "i64" },
   /** `void *mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)` */
   mmap: { parameters: ["usize", "usize", "i32", "i32", "i32", "i64"], result: "pointer" },
   /** `int munmap(void *address, size_t length)` */
   munmap: { parameters: ["pointer", "usize"], result: "i32" },
   /** `int mprotect(void *address, size_t length, int protection)` */
   mprotect: { parameters: ["pointer", "usize", "i32"], result: "i32" },
+  /** `int madvise(void *address, size_t length, int advice)` */
+  madvise: { parameters: ["pointer", "usize", "i32"], result: "i32" },
   /** `int memfd_create(const char *name, unsigned int flags)` */
   memfd_create: { parameters: ["buffer", "u32"], result: "i32" },
   /** `int ftruncate(int fd, off_t length)` */

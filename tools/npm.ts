@@ -58,7 +58,12 @@ async function libraries(): Promise<Record<string, string>> {
 }
 
 /** Modules that no other module imports, as they are started as programs and threads. */
-const STARTED = ["vmm/supervisor/main.js", "vmm/emulated/worker.js", "vmm/net/user_network_main.js"];
+const STARTED = [
+  "vmm/supervisor/main.js",
+  "vmm/emulated/worker.js",
+  "vmm/net/user_network_main.js",
+  "vmm/xen/keeper_main.js",
+];
 
 if (import.meta.main) {
   await Deno.mkdir(OUTPUT, { recursive: true });

@@ -25,3 +25,5 @@ export type { QemuFiles } from "./qemu/arguments.ts";
 export * from "./qemu/engine.ts";
 export * from "./qemu/qmp.ts";
 export * from "./readiness.ts";
+export { XenEngine, XenMachine } from "./xen/engine.ts";
+export type { KeeperFile, XenEnd, XenFiles, XenRunFile } from "./xen/launch.ts";

@@ -37,6 +37,7 @@ const PATH = "/dev/xen/gntdev";
 /** Memory that domains have granted. It is given back with the descriptor, also when the process dies. */
 export class Grants implements Disposable {
   readonly #device: GrantDevice;
+  #isOpen = true;
 
   /**
    * Takes over a device.
@@ -108,13 +109,14 @@ export class Grants implements Disposable {
         if (!isMapped) return;
         isMapped = false;
         mapping[Symbol.dispose]();
-        unmap();
+        if (this.#isOpen) unmap();
       },
     };
   }
 
   /** Gives all back that is not mapped any more; what still is, goes with its mapping. */
   [Symbol.dispose](): void {
+    this.#isOpen = false;
     this.#device[Symbol.dispose]();
   }
 }

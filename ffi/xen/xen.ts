@@ -501,8 +501,8 @@ export class Xen implements Disposable {
    * the promise.
    *
    * @param domid The domain
-   * @param count Number of pages that it has and will have; 0 ends the promise
-   * @throws {XenError} With `ENOMEM` if there are not so many
+   * @param count Number of pages that it has and will have, not more than its limit; 0 ends the promise
+   * @throws {XenError} With `ENOMEM` if there are not so many, and with `EINVAL` if it has a promise already
    */
   claimPages(domid: number, count: number): void {
     using buffer = this.#privcmd.allocate(memoryReservation.size);

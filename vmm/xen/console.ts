@@ -28,8 +28,11 @@ export function channelConsoles(channel: number): { readonly data: number; reado
   return { data: 2 + 2 * channel, errors: 3 + 2 * channel };
 }
 
-/** What the guest reads on the console for error output when the client of the channel has left: a tty knows no end. */
-const LEAVE = new TextEncoder().encode("leave\n");
+/**
+ * What the guest reads on the console for error output when the client of the channel has left: a tty knows no end. The line
+ * before may be half.
+ */
+const LEAVE = new TextEncoder().encode("\nleave\n");
 /** How long until a log is tried again that could not be written, in milliseconds. */
 const LOG_RETRY_TIME = 1000;
 
@@ -93,8 +96,6 @@ interface Console {
   readonly listener: StreamListener;
   /** The channel that it is one half of. Its output waits for the client then, who else loses what it is too slow for. */
   readonly channel?: Channel;
-  /** Whether what clients send is for nobody: so it is never in the way of what the guest is told there. */
-  readonly isIgnored?: boolean;
   readonly log?: Deno.FsFile;
   connection: ConsoleConnection | undefined;
   client: StreamSocket | undefined;
@@ -212,11 +213,11 @@ export class DomainConsoles implements Disposable {
         errors: undefined,
       };
       await this.#listen(path, { channel });
-      channel.errors = await this.#listen(channels.errors[index]!, { channel, isIgnored: true });
+      channel.errors = await this.#listen(channels.errors[index]!, { channel });
     }
   }
 
-  async #listen(path: string, parts: Pick<Console, "log" | "channel" | "isIgnored">): Promise<Console> {
+  async #listen(path: string, parts: Pick<Console, "log" | "channel">): Promise<Console> {
     const listener = this.#resources.use(await this.#options.sockets.listen(path));
     const console: Console = {
       ...parts,
@@ -290,15 +291,14 @@ export class DomainConsoles implements Disposable {
   }
 
   /**
-   * Tells the guest that the client of a channel has left, once something is there that can take it for nothing else: the
-   * next session would take it for the end of its own client.
+   * Tells the guest that the client of a channel has left, once there is room, and something that it can concern. A session
+   * that begins later skips it.
    */
   #payLeave(channel: Channel): void {
     const { errors } = channel;
     if (!errors?.connection || !channel.owesLeave || !channel.visit.hasSession) return;
+    if (errors.connection.ring.room < LEAVE.length) return;
     channel.owesLeave = false;
-    // Otherwise one waits there already, for nothing else is sent by this ring.
-    if (errors.connection.ring.unread > 0) return;
     errors.connection.ring.write(LEAVE);
     this.#notify(errors);
   }
@@ -308,8 +308,8 @@ export class DomainConsoles implements Disposable {
     const taken = connection ? this.#takeOutput(console, connection.ring) : 0;
     const given = this.#giveInput(console, connection?.ring);
     if (taken + given > 0) this.#notify(console);
-    if (!channel || taken === 0) return;
-    channel.visit.hasSession = true;
+    if (!channel) return;
+    if (taken > 0) channel.visit.hasSession = true;
     this.#payLeave(channel);
   }
 
@@ -344,26 +344,26 @@ export class DomainConsoles implements Disposable {
 
   /** Gives the guest what there is room for: when it has taken some, it sends an event. */
   #giveInput(console: Console, ring: ConsoleRing | undefined): number {
-    const { client, isIgnored = false } = console;
+    const { client } = console;
     let given = 0;
     while (client && console.canReceive) {
       if (given >= CONSOLE_INPUT_SIZE) {
         this.#serveLater(console, 0);
         break;
       }
-      const room = isIgnored ? CONSOLE_INPUT_SIZE : ring?.room ?? 0;
+      const room = ring?.room ?? 0;
       if (room === 0) break;
       const bytes = this.#buffer.subarray(0, room);
       const received = client.receive(bytes);
       if (received > 0) {
-        if (!isIgnored) ring?.write(bytes.subarray(0, received));
+        ring?.write(bytes.subarray(0, received));
         given += received;
       } else {
         console.canReceive = false;
         console.hasEnded = received < 0;
       }
     }
-    return isIgnored ? 0 : given;
+    return given;
   }
 
   #notify(console: Console): void {

@@ -72,7 +72,7 @@ export class XenEngine implements Engine {
    */
   async probe(options: OperationOptions & { needs?: MachineNeeds } = {}): Promise<Capabilities> {
     const hypervisor = await probeXen();
-    const findings = [{ name: "hypervisor", ...hypervisor }];
+    const findings = isXenHost() ? [{ name: "hypervisor", ...hypervisor }] : [];
     const { needs } = options;
     const reason = !hypervisor.isUsable
       ? hypervisor.detail
@@ -422,6 +422,12 @@ function listDomains(): DomainInfo[] {
 }
 
 async function probeXen(): Promise<{ readonly isUsable: boolean; readonly detail: string }> {
+  if (!isXenHost()) {
+    return {
+      isUsable: false,
+      detail: "there is no /dev/xen/privcmd: this system is not the control domain (dom0) of a Xen host",
+    };
+  }
   try {
     using xen = Xen.open();
     const { major, minor } = xen.version();
