@@ -16,6 +16,7 @@ const BENCHES: Readonly<Record<string, () => Promise<{ default: () => AsyncItera
   memory: () => import("./memory.ts"),
   block: () => import("./block.ts"),
   emulated: () => import("./emulated.ts"),
+  xen: () => import("./xen.ts"),
 };
 
 if (import.meta.main) {

@@ -100,7 +100,7 @@ if (import.meta.main) await cli(infra);
   }
 
   /** Process numbers of the machines of this place, or of those whose command lines are of another kind. */
-  async processes(kind = /\0-pidfile\0|\0--run-file\0/): Promise<number[]> {
+  async processes(kind = /\0-pidfile\0|\0--run-file\0|keeper_main/): Promise<number[]> {
     const found: number[] = [];
     for await (const { name } of Deno.readDir("/proc")) {
       if (!/^\d+$/.test(name)) continue;

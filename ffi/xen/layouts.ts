@@ -468,6 +468,48 @@ export const XEN_LAYOUTS: readonly Layout[] = [
   hvmMemoryMapEntry,
 ];
 
+/** Fields of `struct xen_domctl_getdomaininfo`. */
+export type DomainInfoFields = Readonly<
+  Record<
+    | "domain"
+    | "flags"
+    | "tot_pages"
+    | "max_pages"
+    | "outstanding_pages"
+    | "shr_pages"
+    | "paged_pages"
+    | "shared_info_frame"
+    | "cpu_time"
+    | "nr_online_vcpus"
+    | "max_vcpu_id"
+    | "ssidref"
+    | "handle"
+    | "cpupool"
+    | "arch_config.emulation_flags",
+    Field
+  >
+>;
+
+/** Fields of `struct xen_sysctl_physinfo`. */
+export type PhysicalInfoFields = Readonly<
+  Record<
+    | "threads_per_core"
+    | "cores_per_socket"
+    | "nr_cpus"
+    | "max_cpu_id"
+    | "nr_nodes"
+    | "max_node_id"
+    | "cpu_khz"
+    | "capabilities"
+    | "total_pages"
+    | "free_pages"
+    | "scrub_pages"
+    | "outstanding_pages"
+    | "max_mfn",
+    Field
+  >
+>;
+
 /** What `domctl` and `sysctl` are like in a version of Xen. */
 export interface XenInterface {
   /** The version, such as `4.17`. */
@@ -481,9 +523,9 @@ export interface XenInterface {
   /** `struct xen_domctl_createdomain`; `grant_opts` is there from 4.16 on. */
   readonly createDomain: Layout;
   /** `struct xen_domctl_getdomaininfo`. */
-  readonly domainInfo: ReturnType<typeof domainInfo>;
+  readonly domainInfo: Layout<DomainInfoFields>;
   /** `struct xen_sysctl_physinfo`. */
-  readonly physicalInfo: ReturnType<typeof physicalInfo>;
+  readonly physicalInfo: Layout<PhysicalInfoFields>;
 }
 
 /** Lays out what each version has added to the end of `struct xen_domctl_createdomain`, without padding. */
@@ -506,30 +548,7 @@ function createDomain(...added: readonly (readonly [string, ...("u16" | "u32")[]
   return { name: "struct xen_domctl_createdomain", size, fields };
 }
 
-function domainInfo(archOffset: 96 | 104): {
-  readonly name: string;
-  readonly size: number;
-  readonly fields: Readonly<
-    Record<
-      | "domain"
-      | "flags"
-      | "tot_pages"
-      | "max_pages"
-      | "outstanding_pages"
-      | "shr_pages"
-      | "paged_pages"
-      | "shared_info_frame"
-      | "cpu_time"
-      | "nr_online_vcpus"
-      | "max_vcpu_id"
-      | "ssidref"
-      | "handle"
-      | "cpupool"
-      | "arch_config.emulation_flags",
-      Field
-    >
-  >;
-} {
+function domainInfo(archOffset: 96 | 104): Layout<DomainInfoFields> {
   return {
     name: "struct xen_domctl_getdomaininfo",
     // In 4.14, the end is padding.
@@ -554,28 +573,7 @@ function domainInfo(archOffset: 96 | 104): {
   };
 }
 
-function physicalInfo(pagesOffset: 32 | 40): {
-  readonly name: string;
-  readonly size: number;
-  readonly fields: Readonly<
-    Record<
-      | "threads_per_core"
-      | "cores_per_socket"
-      | "nr_cpus"
-      | "max_cpu_id"
-      | "nr_nodes"
-      | "max_node_id"
-      | "cpu_khz"
-      | "capabilities"
-      | "total_pages"
-      | "free_pages"
-      | "scrub_pages"
-      | "outstanding_pages"
-      | "max_mfn",
-      Field
-    >
-  >;
-} {
+function physicalInfo(pagesOffset: 32 | 40): Layout<PhysicalInfoFields> {
   return {
     name: "struct xen_sysctl_physinfo",
     size: pagesOffset + 72,

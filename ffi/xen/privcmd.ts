@@ -66,8 +66,8 @@ const MEANINGS: Readonly<Record<string, string>> = {
 export class XenError extends SysError {
   /** The hypercall and its operation, such as `domctl createdomain`. */
   readonly hypercall: string;
-  /** The domain that it was about; left out where it was about none. */
-  readonly domid?: number;
+  /** The domain that it was about, where it was about one. */
+  readonly domid: number | undefined;
 
   /**
    * Explains a refusal.
@@ -81,7 +81,7 @@ export class XenError extends SysError {
     super(`${hypercall}${about}`, errno, MEANINGS[ERRNO_NAMES[errno] ?? ""] ?? "");
     this.name = "XenError";
     this.hypercall = hypercall;
-    if (domid !== undefined) this.domid = domid;
+    this.domid = domid;
   }
 }
 

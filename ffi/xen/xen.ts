@@ -204,7 +204,7 @@ const LOG_CHUNK = 16384;
 const MAX_LOG_CHUNKS = 4096;
 const EAGAIN = 11;
 const ERESTART = 85;
-/** `MAX_VIRT_CPUS` and so on bound what is ever asked; a vCPU's registers of a PV domain take so many bytes. */
+/** Size of `struct vcpu_guest_context`: the registers of a PV domain's vCPU. */
 const PV_CONTEXT_SIZE = 5168;
 
 /**
@@ -586,11 +586,9 @@ export class Xen implements Disposable {
    * @returns The memory
    */
   mapGuest(domid: number, firstFrame: number | bigint, count: number): ForeignMapping {
-    const first = BigInt(firstFrame);
-    return this.#privcmd.mapForeign(
-      domid,
-      BigUint64Array.from({ length: count }, (_, i) => first + BigInt(i)),
-    );
+    const frames = new BigUint64Array(count);
+    for (let index = 0, frame = BigInt(firstFrame); index < count; index++, frame++) frames[index] = frame;
+    return this.#privcmd.mapForeign(domid, frames);
   }
 
   /**
