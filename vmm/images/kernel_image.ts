@@ -10,7 +10,7 @@ import { MachineError } from "../errors.ts";
 import type { BuildContext } from "./builder.ts";
 import { type Compression, decompress, readPart } from "./compression.ts";
 import { unpackLegacyLz4 } from "./lz4.ts";
-import { sha256, storeEntry, storeKey } from "./store.ts";
+import { storeEntry, storeKey } from "./store.ts";
 import { unpackXz } from "./xz_x86.ts";
 
 /** Largest kernel, in bytes, packed or not. */
@@ -69,7 +69,7 @@ export async function unpackKernel(path: string, context: BuildContext): Promise
     throw new MachineError(`Cannot unpack the kernel "${path}" as ${reason}`);
   };
   using file = await open(path, fail);
-  const { size } = await file.stat();
+  const { size, mtime } = await file.stat();
   if (size > MAX_KERNEL) fail("it is larger than 512 MiB: give a Linux kernel for x86");
   const start = await readAt(file, 0, Math.min(size, FIELD.end));
   if (start.byteLength >= 4 && start.getUint32(0, true) === ELF_MAGIC) {
@@ -79,7 +79,8 @@ export async function unpackKernel(path: string, context: BuildContext): Promise
   const payload = await findPayload(file, start, size, fail);
   const { folder } = await storeEntry(
     context,
-    `vmlinux/${storeKey("vmlinux", await sha256(path))}`,
+    // To read it all for a digest takes longer than to start a machine.
+    `vmlinux/${storeKey("vmlinux", [await Deno.realPath(path), size, mtime?.getTime()])}`,
     `the unpacked kernel of "${path}"`,
     async (part) => {
       context.report("unpacking the kernel");
