@@ -16,6 +16,7 @@ import {
   custom,
   duration,
   either,
+  type Infer,
   number,
   object,
   oneOf,
@@ -323,4 +324,80 @@ const kvmSchema = object({ isolation: optional(oneOf("own", "shared")), sandbox:
  */
 export function kvm(options: KvmOptions = {}): EngineChoice {
   return new Choice("engine", "kvm", kvmSchema, options);
+}
+
+/** Options of {@linkcode xen}. */
+export interface XenOptions {
+  /** How the domain is made: `"pvh"`, without emulated devices, which is the only way that is there yet. */
+  readonly type?: "pvh";
+  /** Share of the processors that it gets when they are contended, relative to that of other domains, from 1 to 65535: 256 unless told. */
+  readonly weight?: number;
+  /** Most processor time that it gets, in percent of one processor, even if others are idle: 0 is no limit, which is the default. */
+  readonly cap?: number;
+  /**
+   * Numbers of the host's processors that it runs on: `[2, 3]` for all of its vCPUs, or one list for each of them, as in
+   * `[[2], [3]]`. Any unless told.
+   */
+  readonly pin?: readonly number[] | readonly (readonly number[])[];
+  /**
+   * What becomes of it when its kernel has crashed: its domain is destroyed, it is started anew, or its domain is preserved
+   * to be looked at; `"destroy"` unless told.
+   */
+  readonly crash?: "destroy" | "restart" | "preserve";
+}
+
+const cpuNumbers = array(number({ min: 0, max: 4095, integer: true }));
+const cpuList = custom<readonly number[]>("a list of processors such as [2, 3]", (value, field, report) => {
+  if (Array.isArray(value) && value.length > 0) {
+    // The order says nothing.
+    return [...new Set(cpuNumbers.check(value, field, report) as number[])].sort((a, b) => a - b);
+  }
+  report(field, "Value must be a list of processors such as [2, 3]", value);
+  return value;
+});
+
+const domainType = custom<"pvh">('"pvh"', (value, field, report) => {
+  if (value === "pv" || value === "hvm") {
+    report(field, 'Domains of this type cannot be made yet: use "pvh", or choose qemu()', value);
+  } else if (value !== "pvh") report(field, 'Value must be "pvh"', value);
+  return value;
+});
+
+const xenShape = object({
+  type: optional(domainType, "pvh"),
+  weight: optional(number({ min: 1, max: 65535, integer: true }), 256),
+  cap: optional(number({ min: 0, max: 65535, integer: true }), 0),
+  pin: optional(
+    either(
+      array(cpuList),
+      cpuList,
+      (value) => Array.isArray(value) && value.some((each) => Array.isArray(each)),
+    ),
+  ),
+  crash: optional(oneOf("destroy", "restart", "preserve"), "destroy"),
+});
+
+const xenSchema = custom<unknown>(xenShape.description, (value, field, report) => {
+  const { type, ...options } = (xenShape.check(value, field, report) ?? {}) as Infer<typeof xenShape>;
+  // In normal form the engine's own name is the type.
+  return { domain: type, ...options };
+});
+
+/**
+ * Runs the machine as a domain of Xen, on a host whose control domain (dom0) this is, with no other toolstack. It takes a
+ * 64-bit kernel, as all images of ours have unless told, and disks of the format `raw`.
+ *
+ * @param options Scheduling, and what happens when it crashes
+ * @returns The engine choice
+ *
+ * @example
+ * ```ts
+ * import { vm, xen } from "hypertopia";
+ * import { debian } from "hypertopia/stdlib";
+ *
+ * const guest = vm({ memory: "512MiB", image: debian(), engine: xen({ weight: 512, cap: 150, pin: [2, 3] }), cpus: 2 });
+ * ```
+ */
+export function xen(options: XenOptions = {}): EngineChoice {
+  return new Choice("engine", "xen", xenSchema, options);
 }

@@ -16,6 +16,8 @@ export interface ContractOptions {
   readonly skipped?: string;
   /** Why two machines of one network do not reach each other, where they do not. */
   readonly noNeighbours?: string;
+  /** Whether a guest goes on when the process that serves it is killed. */
+  readonly goesOn?: boolean;
 }
 
 /** How long a guest may take for a restart of its own, in milliseconds: longer, and it hangs. */
@@ -112,7 +114,7 @@ export function delay(milliseconds: number): Promise<void> {
  * @param engine The engine
  * @param options What does not hold for it, and why
  */
-export function contractTests(engine: "kvm" | "qemu" | "emulated", options: ContractOptions = {}): void {
+export function contractTests(engine: EngineName, options: ContractOptions = {}): void {
   const { skipped } = options;
   Deno.test({
     name: `the contract of engines holds for ${engine}${
@@ -124,7 +126,7 @@ export function contractTests(engine: "kvm" | "qemu" | "emulated", options: Cont
 }
 
 async function runContract(
-  engine: "kvm" | "qemu" | "emulated",
+  engine: EngineName,
   options: ContractOptions,
   context: Deno.TestContext,
 ): Promise<void> {
@@ -306,14 +308,22 @@ async function runContract(
   });
 
   await step("a process that is killed is seen as drift, and apply repairs it", async () => {
+    const before = await bootId();
     const pids = await place.processes();
     assert.equal(pids.length, 1);
     Deno.kill(pids[0]!, "SIGKILL");
     await waitForEnd(pids);
     const gone = await place.run(["exec", "web", "--", "true"], { code: 1 });
-    assert.match(gone.stderr, /the machine is stopped \(.* ended abnormally.*\): start it with apply/);
-    await hasDrift(/~ web +vm +power running → stopped/);
-    await place.run(["apply", "--yes"]);
+    if (options.goesOn) {
+      assert.match(gone.stderr, /the machine is crashed \(.* is gone\): start it with apply/);
+      await hasDrift(/~ web +vm +power running → crashed/);
+      await place.run(["apply", "--yes", "--max-disruption=live"]);
+      assert.equal(await bootId(), before);
+    } else {
+      assert.match(gone.stderr, /the machine is stopped \(.* ended abnormally.*\): start it with apply/);
+      await hasDrift(/~ web +vm +power running → stopped/);
+      await place.run(["apply", "--yes"]);
+    }
     assert.equal(await inWeb("sha256sum /data/file"), written);
     assert.equal(await (await fetch(url)).text(), "hello");
   });

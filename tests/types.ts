@@ -3,7 +3,18 @@
  */
 
 import { debian } from "../stdlib/debian.ts";
-import { disk, emulated, type EngineChoice, kvm, network, qemu, text, vm, type VmProps } from "../dsl/mod.ts";
+import {
+  disk,
+  emulated,
+  type EngineChoice,
+  kvm,
+  network,
+  qemu,
+  text,
+  vm,
+  type VmProps,
+  xen,
+} from "../dsl/mod.ts";
 
 const lan = network({ cidr: "10.0.0.0/24" });
 const image = debian();
@@ -35,12 +46,30 @@ export function refused(): void {
   emulated({ accelerator: "tcg" });
   // @ts-expect-error an option of another engine
   kvm({ accelerator: "kvm" });
+  // @ts-expect-error an option that no domain has
+  xen({ vhost: true });
+  // @ts-expect-error a type of domain that is not there yet
+  xen({ type: "hvm" });
+  // @ts-expect-error processors are numbers
+  xen({ pin: "0-3" });
+  // @ts-expect-error an option of another engine
+  xen({ isolation: "shared" });
+  // @ts-expect-error an option of another engine
+  kvm({ weight: 512 });
+  // @ts-expect-error a misspelt field beside an engine
+  vm({ memory: "64MiB", image, engine: xen(), memroy: "64MiB" });
   // @ts-expect-error a misspelt field beside an engine
   vm({ memory: "64MiB", image, engine: emulated(), memroy: "64MiB" });
   // These are fine.
   vm({ memory: "64MiB", image, engine: emulated(), cpus: 1 });
   vm({ memory: "64MiB", image, engine: emulated({ sandbox: false }) });
   vm({ memory: "64MiB", image, engine: kvm(), cpus: 2 });
+  vm({
+    memory: "64MiB",
+    image,
+    engine: xen({ pin: [[0], [1, 2]], weight: 512, crash: "preserve" }),
+    cpus: 2,
+  });
   const engine: EngineChoice = good ? emulated() : kvm();
   vm({ memory: "64MiB", image, engine, cpus: 2 });
   const small = vm({

@@ -7,6 +7,16 @@
  * - `hypertopia.K` carries the command's input (framed) to the guest and its output (raw) back;
  * - `hypertopia.K.err` carries its error output back; the guest reads it only to learn that the host left.
  *
+ * Where there is no virtio, each of them is a console, which is a terminal to the guest. It differs from a port:
+ *
+ * - It keeps what nobody has read. So after the mark of the start, the host sends a line with the session's token on both,
+ *   and what the guest reads before that is of an earlier session.
+ * - It has no end: a line "leave" on the console for error output says that the host left (Linux 6.1
+ *   `drivers/tty/hvc/hvc_xen.c`).
+ * - A vCPU that writes to a full console stops until there is room (`domU_write_console()` there). So the guest has no more
+ *   than two times {@linkcode CONSOLE_BLOCK} of output on the way: for each block that the host has taken, it sends an empty
+ *   line on the console for error output.
+ *
  * @module
  */
 
@@ -27,6 +37,9 @@ export const READY_MARK = "\x1ehypertopia-ready ";
 
 /** Text that marks the end of a session's output on both of its ports, before the token and the status. */
 export const END_MARK = "\x1ehypertopia-end ";
+
+/** How much of a session's output on a console goes between two words of the host's that it goes on, in bytes. */
+export const CONSOLE_BLOCK = 32_768;
 
 /** Search path of a guest whose environment sets none. */
 export const GUEST_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -91,8 +104,16 @@ end_session() {
 }
 
 # find_port NAME: sets ht_port to the device of a virtio-serial port (links in /dev are udev's work,
-# which a guest may not have).
+# which a guest may not have), or of the console in its place.
 find_port() {
+  if [ -n "$ht_channels" ]; then
+    ht_name=\${1#hypertopia.}
+    ht_port=$((ht_channels + 2 * \${ht_name%.err}))
+    case $ht_name in *.err) ht_port=$((ht_port + 1)) ;; esac
+    ht_port=/dev/hvc$ht_port
+    [ -c "$ht_port" ]
+    return
+  fi
   set +f
   for ht_entry in /sys/class/virtio-ports/*; do
     { IFS= read -r ht_name <"$ht_entry/name"; } 2>/dev/null || continue
@@ -127,6 +148,13 @@ open_channel() {
   ht_data=$ht_port
   find_port "hypertopia.$1.err" || { reply "error no port hypertopia.$1.err" && return; }
   forget_session "$1"
+  if [ -n "$ht_channels" ]; then
+    # They are opened here, by a process that leads no session: one that does would get them for its terminal.
+    printf '%s\\n' "$2" | detach session "$1" 4<>"$ht_data" 5<>"$ht_port" 3>&- ||
+      { reply "error no console $ht_data or $ht_port" && return; }
+    reply ok tty
+    return
+  fi
   # The token goes by a pipe for it must show in no command line.
   printf '%s\\n' "$2" | detach session "$1" "$ht_data" "$ht_port" 3>&-
   reply ok
@@ -276,7 +304,10 @@ serve() {
   ht_control=/dev/hvc0
   read -r ht_line </proc/cmdline
   for ht_word in $ht_line; do
-    case $ht_word in hypertopia.control=*) ht_control=/dev/\${ht_word#*=} ;; esac
+    case $ht_word in
+      hypertopia.control=*) ht_control=/dev/\${ht_word#*=} ;;
+      hypertopia.channels=hvc*) ht_channels=\${ht_word#*=hvc} ;;
+    esac
   done
   # As the leader of its session it gets the line for a terminal, whose end is to be survived.
   trap : HUP
@@ -290,7 +321,24 @@ serve() {
 }
 
 pump() {
-  dd bs=32k status=none
+  if [ -z "$ht_is_console" ]; then
+    dd bs=32k status=none
+    return
+  fi
+  pump_block
+  # Two blocks are on the way, so that the host need not wait for the next.
+  while pump_block && read -r ht_line <&8; do :; done
+}
+
+pump_block() {
+  dd bs=32k count=${CONSOLE_BLOCK} iflag=count_bytes status=none
+}
+
+# skip_to_token FD: reads what is left of earlier sessions.
+skip_to_token() {
+  while read -r ht_line <&"$1"; do
+    [ "$ht_line" != "$ht_token" ] || return 0
+  done
 }
 
 # Input comes in frames of "SIZE COUNT" and as many blocks, "0 0" being its end.
@@ -342,7 +390,7 @@ enter() {
 # The command's parent: reports its status within its output, in order after all the command wrote.
 launch() {
   # The shell's own remarks on how a command ended are not of the command.
-  exec 4>&- 5>&- 7>&2 2>/dev/null
+  exec 4>&- 5>&- 7>&2 8<&- 2>/dev/null
   (
     # Noted by the process itself: no client can leave between its start and the note.
     read -r ht_self ht_rest </proc/self/stat
@@ -358,9 +406,12 @@ launch() {
   printf '\\036hypertopia-end %s %s\\n' "$ht_token" "$ht_status" >&7
 }
 
-# Ends the session when the host leaves, which is what ends the reading: nothing is sent on this port.
+# Ends the session when the host leaves, which is what ends the reading. On a port, nothing is sent; on a console, also
+# that output may go on, which is passed on to the pumps.
 watch_host() {
-  while read -r ht_line <&5; do :; done
+  trap '' PIPE
+  [ -z "$ht_is_console" ] || skip_to_token 5
+  while read -r ht_line <&5 && [ "$ht_line" != leave ]; do echo; done
   # Without the file the agent leaves this group alone, whose number may soon be another's.
   ht_group= ht_user=
   read -r ht_group ht_user <"$ht_run/session.$ht_channel" && [ "$ht_group" = "$$" ] &&
@@ -370,6 +421,8 @@ watch_host() {
 }
 
 run_session() {
+  exec 8<&0
+  [ -z "$ht_is_console" ] || skip_to_token 4
   read -r ht_size ht_input <&4 || return 0
   ht_script=$(dd bs="$ht_size" count=1 iflag=fullblock status=none <&4)
   {
@@ -389,7 +442,24 @@ session_ports() {
   sleep 86400
 }
 
-# session K DATA_PORT ERROR_PORT: leads a process group of all that uses the ports, so that one signal
+# session_consoles: on consoles, which are open already.
+session_consoles() {
+  # They open as often as one likes: whoever reads them for the session before must be gone.
+  ht_before=
+  read -r ht_before <"$ht_run/console.$ht_channel"
+  echo "$$" >"$ht_run/console.$ht_channel"
+  ht_left=100
+  # The first question is cheap, and does not tell what has ended from what nobody has waited for.
+  while [ -n "$ht_before" ] && kill -0 "-$ht_before" && signal_session 0 "$ht_before" && [ "$ht_left" -gt 0 ]; do
+    ht_left=$((ht_left - 1))
+    sleep 0.05
+  done
+  stty raw -echo <&4
+  stty raw -echo <&5
+  session_ports
+}
+
+# session K [DATA_PORT ERROR_PORT]: leads a process group of all that uses the ports, so that one signal
 # frees them.
 session() {
   ht_channel=$1
@@ -400,6 +470,11 @@ session() {
   cd /
   unset OLDPWD
   umask 022
+  if [ -z "$2" ]; then
+    ht_is_console=yes
+    session_consoles
+    return
+  fi
   ht_left=50
   # A port opens once at a time; the one before may still be closing.
   until session_ports 4<>"$2" 5<>"$3"; do
@@ -409,7 +484,7 @@ session() {
   done
 }
 
-ht_waits=
+ht_waits= ht_channels= ht_is_console=
 [ "$1" != wait ] || { ht_waits=yes && shift; }
 case $1 in
   serve) serve ;;

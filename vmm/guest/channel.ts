@@ -7,7 +7,7 @@
  * @module
  */
 
-import { AGENT_GREETING, END_MARK, GUEST_BUSYBOX, READY_MARK } from "./agent.ts";
+import { AGENT_GREETING, CONSOLE_BLOCK, END_MARK, GUEST_BUSYBOX, READY_MARK } from "./agent.ts";
 import { isEnvironmentName, shellQuote } from "./config.ts";
 
 /** The sockets by which a guest is reached, one client each at a time. */
@@ -316,6 +316,7 @@ export class SessionStream {
   readonly #end: Uint8Array;
   #pending: Uint8Array<ArrayBufferLike> = new Uint8Array();
   #started = false;
+  #length = 0;
   #status: number | undefined;
 
   /**
@@ -333,6 +334,11 @@ export class SessionStream {
     return this.#started;
   }
 
+  /** How many bytes have come after the mark of the start. */
+  get length(): number {
+    return this.#length;
+  }
+
   /** The status, once the mark of the end has come. */
   get status(): number | undefined {
     return this.#status;
@@ -345,6 +351,7 @@ export class SessionStream {
    * @returns What the command wrote, as far as it is known to be that
    */
   push(chunk: Uint8Array): Uint8Array {
+    if (this.#started) this.#length += chunk.length;
     if (this.#status !== undefined) return new Uint8Array();
     let bytes = chunk;
     if (this.#pending.length > 0) {
@@ -361,6 +368,7 @@ export class SessionStream {
       }
       this.#started = true;
       bytes = bytes.subarray(start + this.#ready.length);
+      this.#length = bytes.length;
     }
     const end = find(bytes, this.#end);
     if (end + this.#end.length <= bytes.length) {
@@ -626,7 +634,8 @@ export class GuestChannel {
     using dataLine = await Line.connect(data, signal);
     using errorLine = await Line.connect(errors, signal);
     const token = randomHex(16);
-    await this.#request(`open ${index} ${token}`, signal, REQUEST_TIMEOUT);
+    const [transport] = await this.#request(`open ${index} ${token}`, signal, REQUEST_TIMEOUT);
+    const isConsole = transport === "tty";
 
     const started = Promise.withResolvers<void>();
     const streams: SessionStream[] = [];
@@ -635,6 +644,7 @@ export class GuestChannel {
       const stream = new SessionStream(token);
       streams.push(stream);
       const buffer = new Uint8Array(BLOCK_SIZE);
+      let blocks = 0;
       while (stream.status === undefined) {
         const length = await line.read(buffer);
         heard = performance.now();
@@ -642,6 +652,10 @@ export class GuestChannel {
         if (streams.length === 2 && streams.every((stream) => stream.started)) started.resolve();
         if (bytes.length > 0) await take?.(bytes.slice());
         heard = performance.now();
+        if (!isConsole) continue;
+        for (; blocks < Math.floor(stream.length / CONSOLE_BLOCK); blocks++) {
+          await errorLine.write(encoder.encode("\n"));
+        }
       }
       return stream.status;
     }
@@ -650,6 +664,12 @@ export class GuestChannel {
       await started.promise;
       const { input } = options;
       const bytes = encoder.encode(script);
+      if (isConsole) {
+        // What an earlier client has sent and nobody has read comes before.
+        const mark = encoder.encode(`\n${token}\n`);
+        await errorLine.write(mark);
+        await dataLine.write(mark);
+      }
       await dataLine.write(encoder.encode(`${bytes.length} ${input === undefined ? 0 : 1}\n`));
       await dataLine.write(bytes);
       if (input !== undefined) await sendInput(dataLine, input);

@@ -31,7 +31,7 @@ fail() {
   sleep 60
 }
 
-# find_disk SERIAL: sets device.
+# find_disk SERIAL: sets device. Disks that have no serial number are in the kernel's command line.
 find_disk() {
   for entry in /sys/block/*/serial; do
     # There is no newline at its end, which read takes for a failure.
@@ -41,6 +41,12 @@ find_disk() {
     entry=\${entry%/serial}
     device=/dev/\${entry##*/}
     return 0
+  done
+  read -r words </proc/cmdline
+  for word in $words; do
+    case $word in
+      "hypertopia.disk=$1":*) device=/dev/\${word##*:} && [ -b "$device" ] && return 0 ;;
+    esac
   done
   return 1
 }
@@ -61,7 +67,8 @@ find_device() {
 
 load_modules() {
   [ -f /hypertopia/modules/order ] || return 0
-  while read -r module; do
+  while read -r module only; do
+    case $only in '' | "$bus") ;; *) continue ;; esac
     insmod "/hypertopia/modules/$module" || say "module $module was not loaded"
   done </hypertopia/modules/order
   rm -rf /hypertopia/modules
@@ -253,19 +260,23 @@ mkdir -p "$run/bin"
 cp /hypertopia/agent "$run/agent"
 cp /init "$run/init"
 
-load_modules
-ip link set dev lo up
-
+bus=virtio
 control=hvc0
 console=
 template=
 read -r words </proc/cmdline
 for word in $words; do
   case $word in
+    # Only a guest of Xen has its channels there; a first domain has the devices of another engine.
+    hypertopia.channels=*) bus=xen ;;
     hypertopia.control=*) control=\${word#*=} ;;
     hypertopia.template) template=yes ;;
   esac
 done
+
+load_modules
+ip link set dev lo up
+
 if read -r words </sys/class/tty/console/active; then
   for word in $words; do
     [ "$word" = "$control" ] || console=$word

@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
-import { modulesInOrder } from "./initramfs.ts";
+import { basename } from "node:path";
+import { guestModules, modulesInOrder } from "./initramfs.ts";
 
 async function withModules(
   modules: Record<string, string>,
@@ -35,3 +36,31 @@ Deno.test("modulesInOrder() names a module that is missing, and who needs it", (
     await assert.rejects(modulesInOrder(folder, ["a"]), /Cannot find kernel module "lost", which "a" needs/);
     await assert.rejects(modulesInOrder(folder, ["nope"]), /Cannot find kernel module "nope" in/);
   }));
+
+Deno.test("guestModules() tells which modules are for the devices of one hypervisor only", () =>
+  withModules(
+    {
+      ...{ virtio_blk: "virtio", virtio_net: "virtio,shared", virtio: "" },
+      ...{ "xen-blkfront": "", "xen-netfront": "shared", shared: "" },
+      ...{ ext4: "jbd2", jbd2: "", "9pnet_virtio": "virtio_ring", virtio_ring: "" },
+    },
+    "",
+    async (folder) => {
+      const found = async (...more: string[]) =>
+        (await guestModules(folder, more)).map(({ file, bus }) => `${basename(file)} ${bus ?? ""}`.trim());
+      const onBoth = [
+        "shared.ko",
+        "virtio_net.ko virtio",
+        "xen-blkfront.ko xen",
+        "xen-netfront.ko xen",
+        "jbd2.ko",
+        "ext4.ko",
+      ];
+      assert.deepEqual(await found(), ["virtio.ko virtio", "virtio_blk.ko virtio", ...onBoth]);
+      // What the user names is loaded wherever the guest runs, with all that it needs.
+      assert.deepEqual(await found("9pnet_virtio", "virtio_blk"), [
+        ...["virtio.ko", "virtio_blk.ko", ...onBoth],
+        ...["virtio_ring.ko", "9pnet_virtio.ko"],
+      ]);
+    },
+  ));

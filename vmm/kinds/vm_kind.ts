@@ -145,6 +145,10 @@ const SECTOR = 512;
 const MAX_DEVICES = 20;
 /** Emulated machines have less memory than this, in bytes. */
 const EMULATED_MEMORY = 2 ** 31;
+/** Most vCPUs of a domain (Xen 4.17 `HVM_MAX_VCPUS`). */
+const XEN_CPUS = 128;
+/** What only the control domain of a Xen host has. */
+const XEN_DEVICE = "/dev/xen/privcmd";
 
 /** Which change of a field is carried out how; a field covers those inside it. */
 const DISRUPTIONS: readonly (readonly [field: string, disruption: Disruption])[] = [
@@ -161,6 +165,10 @@ const DISRUPTIONS: readonly (readonly [field: string, disruption: Disruption])[]
   ["shutdownTimeout", { class: "none" }],
   ["engine", { class: "reboot", mechanism: "restart with other options" }],
   ["engine.type", { class: "recreate", mechanism: "another engine" }],
+  ["engine.weight", { class: "live", mechanism: "scheduler" }],
+  ["engine.cap", { class: "live", mechanism: "scheduler" }],
+  ["engine.pin", { class: "live", mechanism: "scheduler" }],
+  ["engine.crash", { class: "live", mechanism: "from the next crash" }],
 ];
 
 /**
@@ -244,8 +252,8 @@ function disruption(
 function prepare(
   drafts: readonly Draft<VmNormalProps, VmOutputs>[],
   builders: ReadonlyMap<string, ImageBuilder>,
+  isControlDomain: boolean,
 ): void {
-  const hostMemory = Deno.systemMemoryInfo().total;
   const macs = new Map<string, string>();
   const ips = new Map<string, string>();
   const ports = new Map<string, string>();
@@ -266,6 +274,12 @@ function prepare(
   };
   for (const draft of drafts) {
     const { props, address, report } = draft;
+    const chosen = props.engine?.type;
+    const isXen = chosen === "xen" || chosen === "auto" && draft.recorded?.engine === "xen";
+    // A control domain sees its own memory only, not the host's.
+    const hostMemory = isXen || chosen === "auto" && isControlDomain
+      ? Number.MAX_SAFE_INTEGER
+      : Deno.systemMemoryInfo().total;
     const memory = knownSize(props.memory);
     if (memory !== undefined && memory > hostMemory) {
       report("memory", `Memory is more than this host has (${readable(hostMemory)})`, props.memory);
@@ -314,9 +328,9 @@ function prepare(
         disk.$resource,
       );
     }
-    const chosen = props.engine?.type;
     const isEmulated = chosen === "emulated" || chosen === "auto" && draft.recorded?.engine === "emulated";
     if (isEmulated) checkEmulated(draft, chosen, builder);
+    if (isXen) checkXen(draft, chosen, builder);
     const hasHypervisor = props.engine?.hypervisor !== undefined;
     if (hasHypervisor) checkHypervisor(draft, builder);
     // A machine that runs must be told when one of its disks grows.
@@ -453,6 +467,45 @@ function checkEmulated(
   }
 }
 
+/** Reports what a domain cannot be. Its engine would refuse it too, but only when it is started. */
+function checkXen(
+  { props, references, report }: Draft<VmNormalProps, VmOutputs>,
+  chosen: string,
+  builder: ImageBuilder | undefined,
+): void {
+  const refuse = (field: string, given: string, advice: string, value?: unknown) =>
+    report(field, `Engine "xen" gives a machine ${given}: ${advice}, or choose another engine`, value);
+  const { cpus, image, kernel, engine } = props;
+  if (typeof cpus === "number") {
+    if (cpus > XEN_CPUS) refuse("cpus", `at most ${XEN_CPUS} vCPUs`, "ask for less", cpus);
+    const { cap, pin } = engine as { cap?: number; pin?: readonly unknown[] };
+    if (cap !== undefined && cap > cpus * 100) {
+      report("engine.cap", `A cap must be at most 100 for each vCPU, which is ${cpus * 100}`, cap);
+    }
+    if (Array.isArray(pin?.[0]) && pin.length !== cpus) {
+      report("engine.pin", `There must be one list of processors for each vCPU, which is ${cpus}`, pin);
+    }
+  }
+  for (const [name, { disk }] of Object.entries(props.disks ?? {})) {
+    const target = isUnknown(disk)
+      ? undefined
+      : references.get(disk.$resource) as Partial<DiskProps> | undefined;
+    if (target?.format !== "qcow2") continue;
+    refuse(joinField("disks", name), "disks of the format raw only", "leave format out", "qcow2");
+  }
+  // Another image is another machine, for which auto() chooses anew.
+  for (const field of chosen === "xen" ? ["image", "kernel"] as const : ["kernel"] as const) {
+    if (props[field]?.arch !== "i386") continue;
+    refuse(`${field}.arch`, "no way to boot Debian's 32-bit kernels", "leave arch out", "i386");
+  }
+  if (chosen !== "xen") return;
+  if (!kernel && builder?.needsFirmware?.(image)) {
+    refuse("image", "no firmware to boot a disk by", "give it a kernel");
+  } else if (image?.format === "qcow2" && image.disk !== undefined) {
+    refuse("image.format", "disks of the format raw only", "convert the image", "qcow2");
+  }
+}
+
 /** Refuses what a machine under a hypervisor of its own cannot have. */
 function checkHypervisor(
   { props, report }: Draft<VmNormalProps, VmOutputs>,
@@ -503,7 +556,7 @@ class Driver {
   /** Completes and checks props, and asks images that change by themselves what they are now. */
   async prepare(drafts: readonly Draft<VmNormalProps, VmOutputs>[]): Promise<void> {
     const builders = new Map(this.#options.images.map((each) => [each.type, each]));
-    prepare(drafts, builders);
+    prepare(drafts, builders, await exists(XEN_DEVICE));
     const context: BuildContext = {
       cache: this.#options.paths.cache,
       signal: new AbortController().signal,
@@ -573,7 +626,7 @@ class Driver {
     await Deno.mkdir(folder, { recursive: true, mode: 0o700 });
     const before = await machine.spec();
     const nics = this.#nics(request, before);
-    const disks = await this.#disks(request, built, folder, before);
+    const disks = await this.#disks(request, built, folder, before, engine);
     const hasAgent = built.initramfs === undefined;
     const config = join(folder, "config.cpio");
     const initramfs: string[] = [];
@@ -659,7 +712,7 @@ class Driver {
     if (props.rootSize !== undefined && spec?.hasAgent && spec.disks[0]?.name === "root") {
       request.report("growing the root file system");
       const { status, stderr } = await machine.guest.output(
-        ["sh", "-c", "command -v resize2fs >/dev/null || exit 0; resize2fs /dev/vda"],
+        ["sh", "-c", RESIZE_SCRIPT, "sh", spec.disks[0].serial],
         { signal: request.signal },
       );
       if (status !== 0) throw new MachineError(`the root file system cannot grow: ${stderr.trim()}`);
@@ -709,6 +762,10 @@ class Driver {
     }
     const reasons: string[] = [];
     for (const engine of candidates) {
+      if (engine.name === "xen" && (props.image.arch === "i386" || props.kernel?.arch === "i386")) {
+        reasons.push("xen: it boots no 32-bit kernels of Debian's");
+        continue;
+      }
       const { isUsable, detail } = await engine.probe({ ...options, engine: choice, needs });
       if (isUsable) return engine;
       reasons.push(`${engine.name}: ${detail}`);
@@ -768,33 +825,46 @@ class Driver {
     built: BuiltImage,
     folder: string,
     before: MachineSpec | undefined,
+    engine: Engine,
   ): Promise<MachineDisk[]> {
     const { props, dependencies, stack, address } = request;
     const disks: MachineDisk[] = [];
+    // The kernel serves the disks of domains, and can do no more than give out the bytes of a file.
+    const isRawOnly = engine.name === "xen";
+    const refuse = (what: string): never => {
+      throw new MachineError(
+        `Cannot use ${what} of "${address}" as it has the format qcow2 and the engine "xen" serves raw files only: ` +
+          `convert it, or choose another engine`,
+      );
+    };
     if (built.root) {
-      const path = join(folder, "root.qcow2");
+      if (isRawOnly && built.root.format !== "raw") refuse("the image");
+      const format = isRawOnly ? "raw" : "qcow2";
+      const path = join(folder, `root.${format}`);
       const least = Math.ceil(built.root.size / SECTOR) * SECTOR;
       const size = Math.max(least, props.rootSize === undefined ? 0 : parseSize(props.rootSize));
       // The cache may be emptied: the machine keeps a name of its own for what its disk is based on.
       const base = join(folder, `base.${built.root.format}`);
-      if (!(await exists(path))) {
-        try {
+      try {
+        if (isRawOnly) await makeRawRoot(built.root.path, path, size, request);
+        else if (!(await exists(path))) {
           await removeIfThere(base);
           await linkOrCopy(built.root.path, base, request);
           await writeWhole(path, emptyQcow2(size, { path: base, format: built.root.format }));
-        } catch (error) {
-          throw writeError(`make the root disk of "${address}"`, error);
         }
+      } catch (error) {
+        throw writeError(`make the root disk of "${address}"`, error);
       }
       const serial = before?.disks.find((each) => each.name === "root")?.serial ??
         diskSerial(stack, `${address}.root`);
-      disks.push({ name: "root", path, format: "qcow2", serial, readOnly: false, size });
+      disks.push({ name: "root", path, format, serial, readOnly: false, size });
     }
     for (const [name, { disk, readOnly }] of Object.entries(props.disks ?? {})) {
       const target = dependencies.get(disk.$resource);
       if (!target) throw new MachineError(`its disk "${disk.$resource}" is not on record`);
       const { path, serial } = target.outputs as { path: string; serial: string };
       const { format = "raw", size } = target.props as unknown as DiskProps;
+      if (isRawOnly && format !== "raw") refuse(`the disk "${name}"`);
       disks.push({ name, path, format, serial, readOnly, size: parseSize(size) });
     }
     return disks;
@@ -874,17 +944,35 @@ async function releaseDisks(
   await inGuest(machine, request, UNMOUNT_SCRIPT, serials);
 }
 
-const UNMOUNT_SCRIPT = `
-for serial in "$@"; do
+/** Finds a disk in the guest: by its serial number, or where disks have none, by the kernel's command line. */
+const FIND_DISK_SCRIPT = `
+find_disk() {
   for each in /sys/block/vd*; do
-    [ "$(cat "$each/serial")" = "$serial" ] || continue
-    device=/dev/$(basename "$each")
-    while grep -q "^$device " /proc/mounts; do
-      umount "$device" || { echo "$device is in use: end what uses it" >&2; exit 1; }
-    done
+    [ "$(cat "$each/serial" 2>/dev/null)" = "$1" ] || continue
+    device=/dev/\${each##*/}
+    return 0
+  done
+  for each in $(cat /proc/cmdline); do
+    case $each in "hypertopia.disk=$1":*) device=/dev/\${each##*:} && [ -b "$device" ] && return 0 ;; esac
+  done
+  return 1
+}
+`;
+
+const UNMOUNT_SCRIPT = `${FIND_DISK_SCRIPT}
+for serial in "$@"; do
+  find_disk "$serial" || continue
+  while grep -q "^$device " /proc/mounts; do
+    umount "$device" || { echo "$device is in use: end what uses it" >&2; exit 1; }
   done
 done
 sync
+`;
+
+const RESIZE_SCRIPT = `${FIND_DISK_SCRIPT}
+command -v resize2fs >/dev/null || exit 0
+find_disk "$1" || { echo "the disk $1 is not there" >&2; exit 1; }
+resize2fs "$device"
 `;
 
 /** Configures in the running guest what was plugged while it ran; what is there already stays as it is. */
@@ -925,16 +1013,14 @@ while [ $# -gt 0 ]; do
 done
 `;
 
-const MOUNT_SCRIPT = `
+const MOUNT_SCRIPT = `${FIND_DISK_SCRIPT}
 one() {
   for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-    for each in /sys/block/vd*; do
-      [ "$(cat "$each/serial")" = "$1" ] || continue
-      device=/dev/$(basename "$each")
+    if find_disk "$1"; then
       grep -q "^$device $2 " /proc/mounts && return 0
       mkdir -p "$2" && mount -t ext4 "$device" "$2"
       return
-    done
+    fi
     sleep 0.5
   done
   echo "the disk $1 does not appear" >&2
@@ -968,11 +1054,37 @@ async function linkOrCopy(
     await Deno.link(from, to);
   } catch (error) {
     if (error instanceof Deno.errors.NotFound) throw error;
-    request.report("copying the image");
-    await runTool("cp", ["--sparse=always", "--reflink=auto", "--", from, to], { cache: "", ...request }, {
-      package: "coreutils",
-    });
+    await copyImage(from, to, request);
   }
+}
+
+/** Copies a file; on file systems that can, the two share what neither has changed. */
+async function copyImage(
+  from: string,
+  to: string,
+  request: Request<VmNormalProps, VmOutputs>,
+): Promise<void> {
+  request.report("copying the image");
+  await runTool("cp", ["--sparse=always", "--reflink=auto", "--", from, to], { cache: "", ...request }, {
+    package: "coreutils",
+  });
+}
+
+/** Makes the root disk of a machine whose disks are raw, or makes it larger. */
+async function makeRawRoot(
+  image: string,
+  path: string,
+  size: number,
+  request: Request<VmNormalProps, VmOutputs>,
+): Promise<void> {
+  if (!(await exists(path))) {
+    const part = `${path}.part`;
+    await removeIfThere(part);
+    await copyImage(image, part, request);
+    await Deno.chmod(part, 0o600);
+    await Deno.rename(part, path);
+  }
+  if ((await Deno.stat(path)).size < size) await Deno.truncate(path, size);
 }
 
 function digest(text: string): Uint8Array & { readUInt32BE(offset: number): number } {

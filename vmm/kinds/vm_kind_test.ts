@@ -1,13 +1,27 @@
 import assert from "node:assert/strict";
 import type { Draft } from "../../planner/mod.ts";
-import { vmKind, type VmNormalProps, type VmOutputs } from "./vm_kind.ts";
+import type { Engine, MachineSpec } from "../engine.ts";
+import type { ImageBuilder } from "../images/builder.ts";
+import { vmKind, type VmKindOptions, type VmNormalProps, type VmOutputs } from "./vm_kind.ts";
 
-const kind = vmKind({ paths: { data: "/data", cache: "/cache" }, engines: [], images: [], kernels: [] });
+/** Images that bring no kernel unless told. */
+const appliance: ImageBuilder = {
+  type: "image",
+  needsFirmware: (recipe) => recipe.kernel === undefined,
+  build: () => Promise.reject(new Error("nothing is built here")),
+};
+const kind = vmKind({
+  paths: { data: "/data", cache: "/cache" },
+  engines: [],
+  images: [appliance],
+  kernels: [],
+});
 
 /** Prepares one machine, and tells what is wrong with it. */
 async function prepare(
   props: Partial<VmNormalProps>,
   recorded?: Partial<VmOutputs>,
+  references: Record<string, unknown> = {},
 ): Promise<{ problems: string[]; props: VmNormalProps }> {
   const problems: string[] = [];
   const draft: Draft<VmNormalProps, VmOutputs> = {
@@ -18,7 +32,7 @@ async function prepare(
       ...props,
     } as VmNormalProps,
     recorded: recorded as VmOutputs | undefined,
-    references: new Map(),
+    references: new Map(Object.entries(references)) as Draft<VmNormalProps, VmOutputs>["references"],
     report: (field, reason, value) => void problems.push(`${field}: ${reason} (${value})`),
   };
   await kind.prepare!([draft]);
@@ -80,4 +94,140 @@ Deno.test("an emulated machine grows no further than it can", async () => {
   assert.deepEqual((await prepare({ ...wanted, maxMemory: "2GiB" })).problems, [
     'maxMemory: Engine "emulated" gives a machine less than 2GiB of memory: ask for less, or choose another engine (2GiB)',
   ]);
+});
+
+const XEN = { type: "xen", domain: "pvh", weight: 256, cap: 0, crash: "destroy" };
+
+Deno.test("what a domain cannot be is refused where it is declared, all of it at once", async () => {
+  const disk = { $resource: "d", kind: "disk", generation: 0 };
+  const fine: Partial<VmNormalProps> = {
+    cpus: 2,
+    // More than a control domain has itself.
+    memory: "1024GiB",
+    image: { type: "debian", arch: "amd64" },
+    disks: { data: { disk, readOnly: false } },
+    engine: { ...XEN, cap: 200, pin: [[0], [1, 2]] },
+  };
+  const { problems, props } = await prepare(fine, {}, { d: { size: "1GiB", format: "raw" } });
+  assert.deepEqual([problems, props.maxMemory], [[], "2TiB"]);
+  const wrong: Partial<VmNormalProps> = {
+    ...fine,
+    cpus: 129,
+    image: { type: "debian", arch: "i386" },
+    kernel: { type: "debian", arch: "i386" },
+    engine: { ...XEN, cap: 12_901, pin: [[0], [1, 2]] },
+  };
+  assert.deepEqual((await prepare(wrong, {}, { d: { size: "1GiB", format: "qcow2" } })).problems, [
+    'cpus: Engine "xen" gives a machine at most 128 vCPUs: ask for less, or choose another engine (129)',
+    "engine.cap: A cap must be at most 100 for each vCPU, which is 12900 (12901)",
+    "engine.pin: There must be one list of processors for each vCPU, which is 129 (0,1,2)",
+    'disks.data: Engine "xen" gives a machine disks of the format raw only: leave format out, or choose another engine (qcow2)',
+    'image.arch: Engine "xen" gives a machine no way to boot Debian\'s 32-bit kernels: leave arch out, or choose another engine (i386)',
+    'kernel.arch: Engine "xen" gives a machine no way to boot Debian\'s 32-bit kernels: leave arch out, or choose another engine (i386)',
+  ]);
+  const disks = async (image: object) =>
+    (await prepare({ image: { type: "image", disk: {}, ...image }, engine: XEN })).problems;
+  assert.deepEqual(await disks({ format: "raw" }), [
+    'image: Engine "xen" gives a machine no firmware to boot a disk by: give it a kernel, or choose another engine (undefined)',
+  ]);
+  assert.deepEqual(await disks({ format: "qcow2", kernel: {} }), [
+    'image.format: Engine "xen" gives a machine disks of the format raw only: convert the image, or choose another engine (qcow2)',
+  ]);
+  assert.deepEqual(await disks({ format: "raw", kernel: {} }), []);
+});
+
+Deno.test("a machine that auto() has made a domain stays so, and only its image may be for another", async () => {
+  const change = { image: { type: "debian", arch: "i386" }, cpus: 129 };
+  assert.deepEqual((await prepare(change, { engine: "xen" })).problems.map((each) => each.split(":")[0]), [
+    "cpus",
+  ]);
+  assert.deepEqual((await prepare(change, { engine: "qemu" })).problems, []);
+});
+
+Deno.test("what the scheduler of Xen is told is changed live, and another kind of domain by a restart", () => {
+  const recorded = { props: { engine: XEN, power: "running" } } as unknown as Parameters<
+    NonNullable<typeof kind.disruption>
+  >[1];
+  const classOf = (field: string) =>
+    kind.disruption!({ field, before: 1, after: 2 }, recorded, recorded.props).class;
+  assert.deepEqual(
+    ["engine.weight", "engine.cap", "engine.pin", "engine.pin[0]", "engine.crash"].map(classOf),
+    [
+      ...["live", "live", "live", "live", "live"],
+    ],
+  );
+  assert.deepEqual(["engine.domain", "cpus"].map(classOf), ["reboot", "reboot"]);
+});
+
+/** An engine of some name that can run everything, and puts specs on record instead. */
+function recorder(name: "xen" | "qemu", specs: MachineSpec[]): Engine {
+  return {
+    name,
+    probe: () => Promise.resolve({ engine: name, isUsable: true, detail: "", findings: [] }),
+    list: () => Promise.resolve([]),
+    attach: () => ({
+      spec: () => Promise.resolve(specs.at(-1)),
+      update: (spec: MachineSpec) => {
+        specs.push(spec);
+        return Promise.resolve({ isRestarted: true });
+      },
+    }),
+  } as unknown as Engine;
+}
+
+Deno.test("the root disk of a domain is a copy of its own that grows, and no image for 32 bits makes one", async () => {
+  const folder = await Deno.makeTempDir();
+  try {
+    const image = `${folder}/image`;
+    await Deno.writeFile(image, new Uint8Array(8192).fill(7));
+    const specs: MachineSpec[] = [];
+    let format: "raw" | "qcow2" = "raw";
+    const build: ImageBuilder["build"] = () =>
+      Promise.resolve({
+        ...{ key: "k", kernel: undefined, initramfs: "", modules: [], cmdline: "" },
+        root: { path: image, format, size: 8192 },
+      });
+    const options: VmKindOptions = {
+      paths: { data: folder, cache: folder },
+      engines: [recorder("xen", specs), recorder("qemu", specs)],
+      images: [{ type: "debian", build }],
+      kernels: [],
+    };
+    const ensure = async (more: Partial<VmNormalProps>) =>
+      await vmKind(options).ensure(
+        {
+          ...{ id: "0123456789abcdef", address: "a", stack: "s", dependencies: new Map() },
+          props: {
+            ...{ cpus: 1, memory: "64MiB", maxMemory: "64MiB", hostname: "a", power: "running" },
+            ...{ image: { type: "debian" }, engine: { type: "auto" }, shutdownTimeout: "1s", ...more },
+          },
+          signal: new AbortController().signal,
+          report() {},
+        } as unknown as Parameters<ReturnType<typeof vmKind>["ensure"]>[0],
+      );
+    assert.equal((await ensure({})).engine, "xen");
+    const [disk] = specs.at(-1)!.disks;
+    assert.deepEqual([disk?.format, disk?.size], ["raw", 8192]);
+    await Deno.writeFile(disk!.path, new Uint8Array([1, 2, 3]), { append: true });
+    await ensure({ rootSize: "1MiB" });
+    const bytes = await Deno.readFile(disk!.path);
+    assert.deepEqual([bytes.length, bytes[8191], bytes[8192], specs.at(-1)!.disks[0]!.path], [
+      2 ** 20,
+      7,
+      1,
+      disk!.path,
+    ]);
+    assert.equal((await Deno.stat(image)).size, 8192);
+    format = "qcow2";
+    await assert.rejects(ensure({}), /Cannot use the image of "a" as it has the format qcow2.*convert it/);
+    format = "raw";
+    // Another engine takes over what this one cannot, where it may.
+    assert.equal((await ensure({ image: { type: "debian", arch: "i386" } })).engine, "qemu");
+    await assert.rejects(
+      ensure({ image: { type: "debian", arch: "i386" }, engine: XEN }),
+      /no 32-bit kernels/,
+    );
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
 });
