@@ -77,7 +77,7 @@ export default async function* xen(): AsyncIterable<Figure> {
       hypercalls: hypervisor.hypercalls - before.hypercalls,
       requests: xenstore.requests - before.requests,
     };
-    await sweepDomains(host, spec.id, spec);
+    await sweepDomains(host, spec.id);
     const disk = attachLoop(spec.disks[0]!.path, { readOnly: false });
     try {
       const config = join(folder, "xl.cfg");

@@ -68,6 +68,8 @@ export interface LoopOptions {
   readonly readOnly: boolean;
   /** Whether the host's page cache is passed by; the kernel falls back to the cache where the file system cannot. */
   readonly directIo?: boolean;
+  /** What the kernel keeps with the device for {@linkcode loopLabel}: at most 63 bytes; nothing unless told. */
+  readonly label?: string;
 }
 
 /**
@@ -89,6 +91,9 @@ export function attachLoop(file: string, options: LoopOptions): LoopDevice {
       "info.lo_flags": (options.readOnly ? LO_FLAGS.READ_ONLY : 0) |
         (options.directIo ? LO_FLAGS.DIRECT_IO : 0),
     });
+    new TextEncoder().encode(options.label ?? "").subarray(0, 63).forEach((byte, index) =>
+      config.set("info.lo_file_name", byte, index)
+    );
     for (let attempt = 1;; attempt++) {
       const path = `/dev/loop${control.ioctl(LOOP.CTL_GET_FREE, 0, "LOOP_CTL_GET_FREE")}`;
       try {
@@ -156,6 +161,25 @@ export function listLoops(): Map<string, string> {
     }
   }
   return loops;
+}
+
+/**
+ * Tells what a loop device was given with its file.
+ *
+ * @param path Path of the device
+ * @returns The label; empty where there is none, or no file is attached
+ */
+export function loopLabel(path: string): string {
+  try {
+    using device = Fd.open(path, O_RDONLY);
+    const info = new Struct(loopInfo);
+    device.ioctlBuffer(LOOP.GET_STATUS64, info.bytes, "LOOP_GET_STATUS64");
+    const bytes = Array.from({ length: 64 }, (_, index) => Number(info.get("lo_file_name", index)));
+    return new TextDecoder().decode(new Uint8Array(bytes.slice(0, bytes.indexOf(0))));
+  } catch (error) {
+    if (error instanceof SysError && ["ENXIO", "ENOENT"].includes(error.code)) return "";
+    throw explain(`look at the loop device "${path}"`, error);
+  }
 }
 
 /**

@@ -12,6 +12,7 @@ import {
   LOOP,
   loopConfig,
   loopInfo,
+  loopLabel,
   resizeLoop,
 } from "./loop.ts";
 
@@ -57,7 +58,8 @@ function test(name: string, fn: (folder: string) => void): void {
 test("a file becomes a block device and is found by its path until it is detached", (folder) => {
   const file = `${folder}/disk with a name that is longer than the kernel's 64 bytes for it, by far.img`;
   Deno.writeFileSync(file, new Uint8Array(1 << 20).fill(7));
-  const loop = attachLoop(file, { readOnly: false });
+  const loop = attachLoop(file, { readOnly: false, label: "of a test" });
+  assert.equal(loopLabel(loop.path), "of a test");
   assert.match(loop.path, /^\/dev\/loop\d+$/);
   assert.equal(loop.major, 7);
   assert.equal(`${loop.major}:${loop.minor}`, readSys(loop.path, "dev"));

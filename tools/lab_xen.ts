@@ -47,7 +47,7 @@ export async function xenEngine(
     accelerator: "tcg",
     hypervisor: {
       path: await debianXen(context),
-      commandLine: `console=com1 noreboot dom0_mem=${share},max:${share}`,
+      commandLine: `console=com1 noreboot spec-ctrl=eager-fpu dom0_mem=${share},max:${share}`,
     },
     extraArguments: [...extraArguments, "-cpu", PROCESSOR],
   });

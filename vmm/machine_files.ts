@@ -5,11 +5,15 @@
  */
 
 import { equal } from "../planner/mod.ts";
-import { BALLOON_RATIO, type MachineSpec } from "./engine.ts";
+import { BALLOON_RATIO, type EngineName, type MachineSpec } from "./engine.ts";
 import { writeWhole } from "./files.ts";
 
 /** How long a guest may take to shut down before a restart, in milliseconds. */
 export const RESTART_GRACE = 60_000;
+/** Options of engines that change while a machine runs. */
+const LIVE_OPTIONS: Readonly<Partial<Record<EngineName, readonly string[]>>> = {
+  xen: ["weight", "cap", "pin", "crash"],
+};
 
 /**
  * Tells whether a running machine must be restarted to be as a spec says. Disks and NICs that come or go are not looked at.
@@ -21,7 +25,7 @@ export const RESTART_GRACE = 60_000;
 export function needsRestart(current: MachineSpec, spec: MachineSpec): boolean {
   const fixed = (
     each: MachineSpec,
-  ) => [each.cpus, each.kernel, each.cmdline, each.hasAgent, each.bootKey, each.engine];
+  ) => [each.cpus, each.kernel, each.cmdline, each.hasAgent, each.bootKey, fixedOptions(each)];
   const sameDisks = spec.disks.every((disk) => {
     const before = current.disks.find((each) => each.name === disk.name);
     return !before || equal({ ...before, size: 0 }, { ...disk, size: 0 });
@@ -33,6 +37,11 @@ export function needsRestart(current: MachineSpec, spec: MachineSpec): boolean {
   // Memory that is far below the maximum leaves the guest no room for what it keeps for the maximum.
   const isBallooned = spec.memory <= current.maxMemory && spec.memory * BALLOON_RATIO >= current.maxMemory;
   return !equal(fixed(current), fixed(spec)) || !isBallooned || !sameDisks || !sameNics;
+}
+
+function fixedOptions({ engine }: MachineSpec): MachineSpec["engine"] {
+  const live = LIVE_OPTIONS[engine.type as EngineName] ?? [];
+  return Object.fromEntries(Object.entries(engine).filter(([name]) => !live.includes(name)));
 }
 
 /**

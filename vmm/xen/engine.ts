@@ -249,7 +249,7 @@ export class XenMachine extends FileMachine<XenFiles> {
     }
     await using host = await openHost(this.paths);
     await this.#endKeeper();
-    await sweepDomains(host, this.id, spec);
+    await sweepDomains(host, this.id);
     await this.prepare(spec, options);
     await removeIfThere(this.files.run);
     const keeper = this.#spawnKeeper();
@@ -280,7 +280,7 @@ export class XenMachine extends FileMachine<XenFiles> {
     if (!(await exists(this.files.run)) && !isXenHost()) return;
     await using host = await openHost(this.paths);
     const had = domainsOf(host.xen, this.id).length > 0;
-    await sweepDomains(host, this.id, await this.spec());
+    await sweepDomains(host, this.id);
     if (had) {
       const end = { reason: "stopped", detail: "it was powered off" } as const;
       await writeWhole(this.files.run, JSON.stringify({ end }));
@@ -305,8 +305,9 @@ export class XenMachine extends FileMachine<XenFiles> {
       resizeLoop(loop);
     }
     if (!equal(current.engine, spec.engine)) tune(xen, domid, spec);
-    if (!equal(current.nics, spec.nics)) {
-      await this.record({ ...current, nics: spec.nics });
+    // The keeper reads these when it starts.
+    if (!equal([current.nics, current.engine], [spec.nics, spec.engine])) {
+      await this.record({ ...current, nics: spec.nics, engine: spec.engine });
       await this.#endKeeper();
       await this.#startKeeper(spec, options);
     }

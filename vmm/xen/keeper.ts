@@ -107,13 +107,13 @@ export async function keepDomain(options: KeeperOptions): Promise<void> {
     if (end !== "restart") {
       log.info(end.detail);
       const isKept = end.reason === "crash" && (spec.engine as XenMachineOptions).crash === "preserve";
-      if (!isKept) await sweepDomains(host, spec.id, spec);
+      if (!isKept) await sweepDomains(host, spec.id);
       await writeWhole(files.run, JSON.stringify(isKept ? { ...run, end } : { end }));
       return;
     }
     log.info("the guest restarts: its domain is built anew");
     try {
-      await sweepDomains(host, spec.id, spec);
+      await sweepDomains(host, spec.id);
       run = await launchDomain(host, spec, files, { signal });
     } catch (error) {
       const detail = `it could not restart: ${error instanceof Error ? error.message : error}`;

@@ -6,7 +6,7 @@
  */
 
 import { join } from "node:path";
-import { attachLoop, detachLoop, listLoops, NetworkInterfaces } from "../../ffi/mod.ts";
+import { attachLoop, detachLoop, listLoops, loopLabel, NetworkInterfaces } from "../../ffi/mod.ts";
 import type { DomainInfo, Xen, Xenstore } from "../../ffi/xen/mod.ts";
 import type { MachineNic, MachineSpec, OperationOptions } from "../engine.ts";
 import { MachineError } from "../errors.ts";
@@ -26,6 +26,8 @@ export const FURTHER_CONSOLES: number = 1 + 2 * XEN_CHANNELS;
 /** Words for the kernel of every guest: consoles, and which of them the agent has. */
 const COMMAND_LINE = "console=hvc0 hypertopia.control=hvc1 hypertopia.channels=hvc2";
 const MTU = 1500;
+/** How long the host's driver may take to let go of the disk of a domain that is gone, in milliseconds. */
+const LOOP_TIMEOUT = 10_000;
 /** How long the host's driver may take to make its end of a NIC, in milliseconds. */
 const INTERFACE_TIMEOUT = 30_000;
 
@@ -124,6 +126,8 @@ export async function launchDomain(
   let domain: DomainInfo | undefined;
   try {
     report("building the domain");
+    const disks: XenDisk[] = [];
+    for (const [index, disk] of spec.disks.entries()) disks.push(await attachDisk(spec, disk, index));
     const built = await buildDomain(xen, xenstore, {
       id: spec.id,
       name: domainName(spec),
@@ -134,7 +138,7 @@ export async function launchDomain(
       kernelName: spec.kernel!,
       initramfs: [files.initramfs],
       commandLine: commandLine(spec),
-      disks: spec.disks.map((disk, index) => attachDisk(disk, index)),
+      disks,
       networks: spec.nics.map(({ mac }, index) => ({ index, mac, mtu: MTU })),
       furtherConsoles: spec.hasAgent ? FURTHER_CONSOLES : 0,
     }, signal ? { signal } : {});
@@ -149,7 +153,7 @@ export async function launchDomain(
     return run;
   } catch (error) {
     if (domain) await destroyDomain(xen, xenstore, domain);
-    releaseDisks(spec);
+    releaseDisks(spec.id);
     throw error;
   }
 }
@@ -159,15 +163,10 @@ export async function launchDomain(
  *
  * @param host What to work with
  * @param id Identity of the machine
- * @param spec The machine, where it is known
  */
-export async function sweepDomains(
-  { xen, xenstore }: XenHost,
-  id: string,
-  spec: MachineSpec | undefined,
-): Promise<void> {
+export async function sweepDomains({ xen, xenstore }: XenHost, id: string): Promise<void> {
   for (const domain of domainsOf(xen, id)) await destroyDomain(xen, xenstore, domain);
-  if (spec) releaseDisks(spec);
+  releaseDisks(id);
 }
 
 /**
@@ -185,10 +184,10 @@ export function tune(xen: Xen, domid: number, spec: MachineSpec): void {
       ...(cap === undefined ? {} : { cap }),
     });
   }
-  if (pin === undefined) return;
+  const all = Array.from({ length: xen.physicalInfo().maxCpuId + 1 }, (_, cpu) => cpu);
   for (let vcpu = 0; vcpu < spec.cpus; vcpu++) {
-    const each = pin[vcpu];
-    xen.setVcpuAffinity(domid, vcpu, typeof each === "object" ? each : pin as readonly number[]);
+    const each = pin?.[vcpu];
+    xen.setVcpuAffinity(domid, vcpu, typeof each === "object" ? each : pin as readonly number[] ?? all);
   }
 }
 
@@ -239,21 +238,47 @@ function commandLine(spec: MachineSpec): string {
   return [COMMAND_LINE, ...disks, spec.cmdline].filter((word) => word !== "").join(" ");
 }
 
-function attachDisk(disk: MachineSpec["disks"][number], index: number): XenDisk {
+/** What others have attached too could be written by both. */
+async function refuseBusy({ name, path }: MachineSpec["disks"][number], label: string): Promise<void> {
+  const deadline = Date.now() + LOOP_TIMEOUT;
+  while (true) {
+    const busy = [...listLoops()].find(([, file]) => file === path)?.[0];
+    if (busy === undefined) return;
+    // The host's driver may still be about to let go of the domain before.
+    if (loopLabel(busy) !== label || Date.now() > deadline) {
+      throw new MachineError(
+        `Cannot give the disk "${name}" to a domain as "${path}" is attached to ${busy} already: end what uses it, ` +
+          `then run "losetup -d ${busy}"`,
+      );
+    }
+    await new Promise((resolve) => setTimeout(resolve, 10));
+  }
+}
+
+async function attachDisk(
+  { id }: MachineSpec,
+  disk: MachineSpec["disks"][number],
+  index: number,
+): Promise<XenDisk> {
   if (disk.format !== "raw") {
     throw new MachineError(
       `Cannot give the disk "${disk.name}" to a domain as the kernel serves raw files only, and "${disk.path}" is ` +
         `${disk.format}: convert it`,
     );
   }
-  const { major, minor } = attachLoop(disk.path, { readOnly: disk.readOnly });
+  if (!disk.readOnly) await refuseBusy(disk, loopLabelOf(id));
+  const { major, minor } = attachLoop(disk.path, { readOnly: disk.readOnly, label: loopLabelOf(id) });
   return { index, major, minor, readOnly: disk.readOnly, discard: !disk.readOnly, file: disk.path };
 }
 
+function loopLabelOf(id: string): string {
+  return `hypertopia ${id}`;
+}
+
 /** Gives back the loop devices of a machine's disks; the kernel waits until nobody uses them. */
-function releaseDisks(spec: MachineSpec): void {
-  const files = new Set(spec.disks.map(({ path }) => path));
-  for (const [device, file] of listLoops()) if (files.has(file)) detachLoop(device);
+function releaseDisks(id: string): void {
+  const label = loopLabelOf(id);
+  for (const device of listLoops().keys()) if (loopLabel(device) === label) detachLoop(device);
 }
 
 /** Plugs what netback makes, `vifDOMID.INDEX`, into bridges. */
