@@ -5,7 +5,7 @@
  * @module
  */
 
-import { type DomainInfo, type ForeignMapping, type Xen, type Xenstore } from "../../ffi/xen/mod.ts";
+import type { DomainInfo, ForeignMapping, Xen, Xenstore } from "../../ffi/xen/mod.ts";
 import { formatSize } from "../../dsl/mod.ts";
 import type { BootMemory } from "../boot/linux.ts";
 import { GuestMemoryError } from "../devices/guest_memory.ts";

@@ -5,8 +5,7 @@
  * @module
  */
 
-import { Fd } from "../../ffi/mod.ts";
-import { ConsoleRing, EventChannels, Grants, SHUTDOWN, Xen, Xenstore } from "../../ffi/xen/mod.ts";
+import { ConsoleRing, EventChannels, Grants, Xen, Xenstore } from "../../ffi/xen/mod.ts";
 import { identifyProcess } from "../../planner/mod.ts";
 import { SocketSet } from "../devices/unix_socket.ts";
 import type { MachineSpec } from "../engine.ts";
@@ -19,7 +18,6 @@ import type { Paths } from "../paths.ts";
 import type { Log } from "../supervisor/log.ts";
 import { DomainConsoles, KERNEL_CONSOLE, serveConsoles } from "./console.ts";
 import { backendPath, frontendPath, XENBUS_STATE } from "./devices.ts";
-import { destroyDomain } from "./domain.ts";
 import {
   FURTHER_CONSOLES,
   launchDomain,
@@ -148,7 +146,7 @@ async function attach(
   parts: Parts,
   run: XenRunFile,
 ): Promise<AsyncDisposable & { readonly flush: () => void }> {
-  const { xen, xenstore, eventChannels, consoles, log, spec } = parts;
+  const { xen, eventChannels, consoles, log, spec } = parts;
   const domid = run.domid!;
   await using resources = new AsyncDisposableStack();
   const page = resources.use(xen.mapGuest(domid, SPECIAL_FRAMES.console, 1));

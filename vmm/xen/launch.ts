@@ -15,7 +15,7 @@ import { writeWhole } from "../files.ts";
 import { unpackKernel } from "../images/kernel_image.ts";
 import { bridgeName, type BridgeSpec, HostNetwork } from "../net/host_network.ts";
 import type { Paths } from "../paths.ts";
-import { type ProcessIdentity } from "../../planner/mod.ts";
+import type { ProcessIdentity } from "../../planner/mod.ts";
 import { diskName, type XenDisk } from "./devices.ts";
 import { buildDomain, destroyDomain, domainsOf } from "./domain.ts";
 
