@@ -29,6 +29,12 @@ export const XEN_MODULES: readonly string[] = [
 const PROCESSOR = "max,-la57,-smap,-smep,-pku,-rdtscp";
 
 /**
+ * Xen's command line. On such a processor it would load a domain's floating-point registers only when they are used, which
+ * goes wrong under emulation now and then: programs of the first domain find those of a guest.
+ */
+const COMMAND_LINE = "console=com1 noreboot spec-ctrl=eager-fpu";
+
+/**
  * Makes the engine of a lab with Xen, whose hypervisor comes from the cache or from Debian.
  *
  * @param memory Memory of the whole machine, of which the first domain gets one half
@@ -47,7 +53,7 @@ export async function xenEngine(
     accelerator: "tcg",
     hypervisor: {
       path: await debianXen(context),
-      commandLine: `console=com1 noreboot spec-ctrl=eager-fpu dom0_mem=${share},max:${share}`,
+      commandLine: `${COMMAND_LINE} dom0_mem=${share},max:${share}`,
     },
     extraArguments: [...extraArguments, "-cpu", PROCESSOR],
   });

@@ -74,8 +74,8 @@ async function output(program: string, args: readonly string[]): Promise<string>
   return decoder.decode(stdout);
 }
 
-/** Runs `deno test`, shows its output as it comes, and counts. */
-async function runTests(args: readonly string[]): Promise<Count> {
+/** Runs `deno test`, shows its output as it comes or in the end, and counts. */
+async function runTests(args: readonly string[], isShownLater = false): Promise<Count> {
   const child = new Deno.Command(Deno.execPath(), {
     args: ["test", "-A", ...args],
     stdin: "null",
@@ -84,11 +84,14 @@ async function runTests(args: readonly string[]): Promise<Count> {
     env: { NO_COLOR: "1" },
   }).spawn();
   let tail = "";
+  const later: Uint8Array[] = [];
   for await (const chunk of child.stdout) {
-    Deno.stdout.writeSync(chunk);
+    if (isShownLater) later.push(chunk);
+    else Deno.stdout.writeSync(chunk);
     tail = (tail + new TextDecoder().decode(chunk)).slice(-4000);
   }
   const { code } = await child.status;
+  for (const chunk of later) Deno.stdout.writeSync(chunk);
   const match =
     /(\d+) passed(?: \([^)]*\))? \| (\d+) failed(?: \([^)]*\))?(?: \| (\d+) ignored)?(?! .*passed)/.exec(
       tail.slice(tail.lastIndexOf(" passed") - 40),
@@ -104,18 +107,28 @@ if (import.meta.main) {
   await installPackages();
   await checkAll();
   const total: Count = { passed: 0, failed: 0, skipped: 0 };
-  for (
-    const [what, args] of [
-      ["unit tests and the examples of the documentation", ["--doc", ...await testFiles("unit")]],
-      ["real machines", await testFiles("real")],
-    ] as const
-  ) {
-    say(`running ${what}`);
-    const count = await runTests(args);
+  const add = (count: Count) => {
     total.passed += count.passed;
     total.failed += count.failed;
     total.skipped += count.skipped;
+  };
+  const real = await testFiles("real");
+  const [kvm, xen] = [/_kvm_test\.ts$/, /_xen_test\.ts$/].map((name) =>
+    real.filter((file) => name.test(file))
+  );
+  const others = real.filter((file) => ![...kvm!, ...xen!].includes(file));
+  for (
+    const [what, args] of [
+      ["unit tests and the examples of the documentation", ["--doc", ...await testFiles("unit")]],
+      ["real machines", others],
+    ] as const
+  ) {
+    say(`running ${what}`);
+    add(await runTests(args));
   }
+  // Each lab has one processor, and is waited for most of the time.
+  say("running the labs of KVM and of Xen side by side");
+  for (const count of await Promise.all([runTests(kvm!), runTests(xen!, true)])) add(count);
   say(`${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped`);
   Deno.exit(total.failed > 0 ? 1 : 0);
 }
