@@ -30,6 +30,7 @@ const MANY = 20;
 const SMALL = 64 * MEBIBYTE;
 const PEER = "xl create";
 const NAME = "bench-web";
+const ID = "be0c4be0c4be0c4b";
 
 interface Counts {
   readonly hypercalls: number;
@@ -51,15 +52,8 @@ export default async function* xen(): AsyncIterable<Figure> {
   using xenstore = await Xenstore.connect();
   const paths = { ...hostPaths(), data: folder };
   const host = { xen: hypervisor, xenstore, paths };
-  const files = xenFiles({
-    folder,
-    record: join(folder, "machine.json"),
-    lock: join(folder, "lock"),
-    console: join(folder, "console.sock"),
-    consoleLog: join(folder, "console.log"),
-    engineLog: join(folder, "engine.log"),
-    initramfs: join(folder, "initramfs"),
-  });
+  const files = xenFiles(paths, ID);
+  await Deno.mkdir(files.folder, { recursive: true });
   const spec = await prepare(folder, files.initramfs, paths.cache);
   const bridge = bridgeOf(spec, spec.nics[0]!);
   await hostNetwork(paths).ensureBridge(bridge);
@@ -108,7 +102,7 @@ async function prepare(folder: string, initramfs: string, cache: string): Promis
   const path = join(folder, "disk");
   await Deno.writeFile(path, new Uint8Array(16 * MEBIBYTE));
   return {
-    id: "be0c4be0c4be0c4b",
+    id: ID,
     stack: "bench",
     address: "web",
     cpus: 1,

@@ -18,16 +18,14 @@ import type {
   UpdateResult,
 } from "../engine.ts";
 import { MachineError } from "../errors.ts";
-import { delay, FileMachine, killProcess, machineFiles, machineIds, readJson } from "../file_machine.ts";
+import { delay, FileMachine, killProcess, machineIds, readJson } from "../file_machine.ts";
 import { exists, removeIfThere, writeWhole } from "../files.ts";
 import { findPanic, tailOf } from "../machine_files.ts";
 import { hasNft } from "../net/host_network.ts";
-import { hostPaths, machineFolder, type Paths } from "../paths.ts";
+import { hostPaths, type Paths } from "../paths.ts";
 import { startError } from "../supervised_machine.ts";
-import type { Log } from "../supervisor/log.ts";
 import { domainPath } from "./devices.ts";
 import { domainsOf, machineOfHandle } from "./domain.ts";
-import { keepDomain } from "./keeper.ts";
 import {
   bridgeOf,
   hostNetwork,
@@ -105,14 +103,16 @@ export class XenEngine implements Engine {
    * @returns How each one is
    */
   async list(wanted?: ReadonlySet<string>): Promise<MachineStatus[]> {
-    const machines: XenMachine[] = [];
+    const specs = new Map<string, MachineSpec>();
     for (const id of await machineIds(this.#paths)) {
-      const machine = this.attach(id);
-      if ((wanted?.has(id) ?? true) && await machine.spec()) machines.push(machine);
+      const spec = wanted?.has(id) ?? true ? await this.attach(id).spec() : undefined;
+      if (spec) specs.set(id, spec);
     }
-    if (machines.length === 0) return [];
+    if (specs.size === 0) return [];
     const domains = listDomains();
-    return await Promise.all(machines.map((machine) => machine.statusAmong(domains)));
+    return await Promise.all(
+      [...specs].map(([id, spec]) => statusOf(id, xenFiles(this.#paths, id), spec, domains)),
+    );
   }
 }
 
@@ -125,7 +125,7 @@ export class XenMachine extends FileMachine<XenFiles> {
    * @param paths Folders of this host
    */
   constructor(id: string, paths: Paths) {
-    super(id, "xen", paths, xenFiles(machineFiles(machineFolder(paths, id))), XEN_CHANNELS);
+    super(id, "xen", paths, xenFiles(paths, id), XEN_CHANNELS);
   }
 
   /**
@@ -134,44 +134,8 @@ export class XenMachine extends FileMachine<XenFiles> {
    * @returns Its status
    */
   async status(): Promise<MachineStatus> {
-    return await this.statusAmong(await this.spec() ? listDomains() : []);
-  }
-
-  /**
-   * Finds out how it is.
-   *
-   * @param domains All domains of the host
-   * @returns Its status
-   */
-  async statusAmong(domains: readonly DomainInfo[]): Promise<MachineStatus> {
     const spec = await this.spec();
-    const known = { id: this.id, stack: spec?.stack ?? "", address: spec?.address ?? "" };
-    if (!spec) return { ...known, state: "absent" };
-    const run = await readJson<XenRunFile>(this.files.run);
-    const domain = domains.find(({ domid, handle }) =>
-      domid === run?.domid && machineOfHandle(handle) === this.id
-    );
-    if (run?.end?.reason === "crash" || domain?.shutdownReason === "crash") {
-      return { ...known, state: "crashed", detail: run?.end?.detail ?? "the guest crashed" };
-    }
-    if (!domain || domain.isDying) {
-      const isLost = run?.domid !== undefined && !run.end;
-      const detail = isLost
-        ? "its domain is gone: it was destroyed, or the host was restarted"
-        : run?.end?.reason === "failure"
-        ? run.end.detail
-        : undefined;
-      return { ...known, state: "stopped", ...(detail === undefined ? {} : { detail }) };
-    }
-    const keeper = await this.#keeper();
-    const pid = keeper?.process.pid;
-    const panic = await findPanic(this.files.consoleLog);
-    if (panic !== undefined) return { ...known, state: "crashed", detail: panic };
-    if (domain.shutdownReason !== undefined && pid === undefined) return { ...known, state: "stopped" };
-    if (pid === undefined) {
-      return { ...known, state: "crashed", detail: "the process that keeps its consoles is gone" };
-    }
-    return { ...known, pid, state: domain.isPaused ? "paused" : "running" };
+    return await statusOf(this.id, this.files, spec, spec ? listDomains() : []);
   }
 
   /**
@@ -186,7 +150,7 @@ export class XenMachine extends FileMachine<XenFiles> {
     options: OperationOptions & { shutdownTimeout?: number } = {},
   ): Promise<UpdateResult> {
     const current = await this.spec();
-    if (current && await this.isAlive() && !(await this.#keeper())) {
+    if (current && await this.isAlive() && !(await keeperOf(this.files))) {
       options.report?.("starting the process that keeps its consoles");
       await this.#startKeeper(current, options);
     }
@@ -209,19 +173,6 @@ export class XenMachine extends FileMachine<XenFiles> {
       const domain = await this.#domain(xen);
       if (domain.isPaused) xen.unpause(domain.domid);
     });
-  }
-
-  /**
-   * Serves its consoles in this process, until its domain has ended.
-   *
-   * @param log Takes what happens
-   * @param signal Ends this; the domain goes on
-   * @throws {MachineError} If it is not on record
-   */
-  async keep(log: Log, signal: AbortSignal): Promise<void> {
-    const spec = await this.spec();
-    if (!spec) throw new MachineError(`Cannot keep the machine ${this.id} as it is not on record`);
-    await keepDomain({ spec, files: this.files, paths: this.paths, log, signal });
   }
 
   /** Tells whether it has a domain that has not ended. */
@@ -341,12 +292,6 @@ export class XenMachine extends FileMachine<XenFiles> {
     throw new MachineError("it has no domain");
   }
 
-  /** Who keeps its consoles; undefined where nobody does. */
-  async #keeper(): Promise<KeeperFile | undefined> {
-    const keeper = await readJson<KeeperFile>(this.files.keeper);
-    return keeper && isRunning(keeper.process) ? keeper : undefined;
-  }
-
   #spawnKeeper(): Deno.ChildProcess {
     const { engineLog } = this.files;
     return spawnDetached(moduleBeside("./keeper_main", import.meta.url), engineLog, [
@@ -367,7 +312,7 @@ export class XenMachine extends FileMachine<XenFiles> {
     void child.status.then(() => isGone = true);
     const deadline = Date.now() + KEEPER_TIMEOUT;
     while (true) {
-      if ((await this.#keeper())?.domid !== undefined) return;
+      if ((await keeperOf(this.files))?.domid !== undefined) return;
       // A guest can be faster than we look.
       if (isGone && (await readJson<XenRunFile>(this.files.run))?.end) return;
       if (isGone || Date.now() > deadline) {
@@ -390,6 +335,46 @@ export class XenMachine extends FileMachine<XenFiles> {
     }
     await removeIfThere(this.files.keeper);
   }
+}
+
+/** Finds out how a machine is, of which all domains of the host are known. */
+async function statusOf(
+  id: string,
+  files: XenFiles,
+  spec: MachineSpec | undefined,
+  domains: readonly DomainInfo[],
+): Promise<MachineStatus> {
+  const known = { id, stack: spec?.stack ?? "", address: spec?.address ?? "" };
+  if (!spec) return { ...known, state: "absent" };
+  const run = await readJson<XenRunFile>(files.run);
+  const domain = domains.find(({ domid, handle }) => domid === run?.domid && machineOfHandle(handle) === id);
+  if (run?.end?.reason === "crash" || domain?.shutdownReason === "crash") {
+    return { ...known, state: "crashed", detail: run?.end?.detail ?? "the guest crashed" };
+  }
+  if (!domain || domain.isDying) {
+    const isLost = run?.domid !== undefined && !run.end;
+    const detail = isLost
+      ? "its domain is gone: it was destroyed, or the host was restarted"
+      : run?.end?.reason === "failure"
+      ? run.end.detail
+      : undefined;
+    return { ...known, state: "stopped", ...(detail === undefined ? {} : { detail }) };
+  }
+  const keeper = await keeperOf(files);
+  const pid = keeper?.process.pid;
+  const panic = await findPanic(files.consoleLog);
+  if (panic !== undefined) return { ...known, state: "crashed", detail: panic };
+  if (domain.shutdownReason !== undefined && pid === undefined) return { ...known, state: "stopped" };
+  if (pid === undefined) {
+    return { ...known, state: "crashed", detail: "the process that keeps its consoles is gone" };
+  }
+  return { ...known, pid, state: domain.isPaused ? "paused" : "running" };
+}
+
+/** Who keeps a machine's consoles; undefined where nobody does. */
+async function keeperOf(files: XenFiles): Promise<KeeperFile | undefined> {
+  const keeper = await readJson<KeeperFile>(files.keeper);
+  return keeper && isRunning(keeper.process) ? keeper : undefined;
 }
 
 /** Opens what domains are made with. */

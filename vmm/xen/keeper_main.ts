@@ -14,6 +14,8 @@ import { MachineError } from "../errors.ts";
 import { hostPaths } from "../paths.ts";
 import { Log } from "../supervisor/log.ts";
 import { XenMachine } from "./engine.ts";
+import { keepDomain } from "./keeper.ts";
+import { xenFiles } from "./launch.ts";
 
 /**
  * Keeps the domain of a machine that is on record until it has ended, or until SIGTERM.
@@ -42,7 +44,10 @@ export async function main(args: readonly string[]): Promise<void> {
   const stop = () => end.abort();
   for (const signal of ["SIGINT", "SIGTERM"] as const) Deno.addSignalListener(signal, stop);
   try {
-    await new XenMachine(id, hostPaths()).keep(log, end.signal);
+    const paths = hostPaths();
+    const spec = await new XenMachine(id, paths).spec();
+    if (!spec) throw new MachineError(`Cannot keep the machine ${id} as it is not on record`);
+    await keepDomain({ spec, files: xenFiles(paths, id), paths, log, signal: end.signal });
   } catch (error) {
     log.error(error);
     throw error;

@@ -10,11 +10,11 @@ import { attachLoop, detachLoop, listLoops, loopLabel, NetworkInterfaces } from 
 import type { DomainInfo, Xen, Xenstore } from "../../ffi/xen/mod.ts";
 import type { MachineNic, MachineSpec, OperationOptions } from "../engine.ts";
 import { MachineError } from "../errors.ts";
-import type { MachineFiles } from "../file_machine.ts";
+import { type MachineFiles, machineFiles } from "../file_machine.ts";
 import { writeWhole } from "../files.ts";
 import { unpackKernel } from "../images/kernel_image.ts";
 import { bridgeName, type BridgeSpec, HostNetwork } from "../net/host_network.ts";
-import type { Paths } from "../paths.ts";
+import { machineFolder, type Paths } from "../paths.ts";
 import type { ProcessIdentity } from "../../planner/mod.ts";
 import { diskName, type XenDisk } from "./devices.ts";
 import { buildDomain, destroyDomain, domainsOf } from "./domain.ts";
@@ -92,10 +92,12 @@ export interface XenHost {
 /**
  * Names the files of a machine.
  *
- * @param files Those that all machines have
- * @returns All of them
+ * @param paths Folders of this host
+ * @param id Identity of the machine
+ * @returns Their paths
  */
-export function xenFiles(files: MachineFiles): XenFiles {
+export function xenFiles(paths: Paths, id: string): XenFiles {
+  const files = machineFiles(machineFolder(paths, id));
   return { ...files, run: join(files.folder, "run.json"), keeper: join(files.folder, "keeper.json") };
 }
 
