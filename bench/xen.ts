@@ -170,6 +170,7 @@ async function compareMany(
         id,
         name: `bench-${index}`,
         cpus: 1,
+        maxCpus: 1,
         memory: SMALL,
         maxMemory: SMALL,
         kernel,

@@ -330,6 +330,11 @@ export function kvm(options: KvmOptions = {}): EngineChoice {
 export interface XenOptions {
   /** How the domain is made: `"pvh"`, without emulated devices, which is the only way that is there yet. */
   readonly type?: "pvh";
+  /**
+   * vCPUs that it can have without a restart, at most 128: up to so many, `cpus` changes live, with the guest's help. As many
+   * as `cpus` at its start unless told.
+   */
+  readonly maxCpus?: number;
   /** Share of the processors that it gets when they are contended, relative to that of other domains, from 1 to 65535: 256 unless told. */
   readonly weight?: number;
   /** Most processor time that it gets, in percent of one processor, even if others are idle: 0 is no limit, which is the default. */
@@ -365,6 +370,7 @@ const domainType = custom<"pvh">('"pvh"', (value, field, report) => {
 
 const xenShape = object({
   type: optional(domainType, "pvh"),
+  maxCpus: optional(number({ min: 1, max: 128, integer: true })),
   weight: optional(number({ min: 1, max: 65535, integer: true }), 256),
   cap: optional(number({ min: 0, max: 65535, integer: true }), 0),
   pin: optional(

@@ -27,7 +27,7 @@ Deno.test("the normal form of xen() says what was left out, and its processors i
 Deno.test("what xen() cannot do is refused where it is written, all of it at once", () => {
   const wrong = (options: Record<string, unknown>) => check(xen(options as XenOptions)).problems;
   assert.deepEqual(wrong({ type: "hvm", weight: 0, cap: 1.5, crash: "reboot", vhost: true }), [
-    "engine.vhost: Unknown field: known fields are type, weight, cap, pin, crash (undefined)",
+    "engine.vhost: Unknown field: known fields are type, maxCpus, weight, cap, pin, crash (undefined)",
     'engine.type: Domains of this type cannot be made yet: use "pvh", or choose qemu() ("hvm")',
     "engine.weight: Value must be a whole number from 1 to 65535 (0)",
     "engine.cap: Value must be a whole number from 0 to 65535 (1.5)",

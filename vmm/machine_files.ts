@@ -25,7 +25,9 @@ const LIVE_OPTIONS: Readonly<Partial<Record<EngineName, readonly string[]>>> = {
 export function needsRestart(current: MachineSpec, spec: MachineSpec): boolean {
   const fixed = (
     each: MachineSpec,
-  ) => [each.cpus, each.kernel, each.cmdline, each.hasAgent, each.bootKey, fixedOptions(each)];
+  ) => [each.kernel, each.cmdline, each.hasAgent, each.bootKey, fixedOptions(each)];
+  const { maxCpus } = current.engine;
+  const sameCpus = current.cpus === spec.cpus || typeof maxCpus === "number" && spec.cpus <= maxCpus;
   const sameDisks = spec.disks.every((disk) => {
     const before = current.disks.find((each) => each.name === disk.name);
     return !before || equal({ ...before, size: 0 }, { ...disk, size: 0 });
@@ -36,7 +38,7 @@ export function needsRestart(current: MachineSpec, spec: MachineSpec): boolean {
   });
   // Memory that is far below the maximum leaves the guest no room for what it keeps for the maximum.
   const isBallooned = spec.memory <= current.maxMemory && spec.memory * BALLOON_RATIO >= current.maxMemory;
-  return !equal(fixed(current), fixed(spec)) || !isBallooned || !sameDisks || !sameNics;
+  return !equal(fixed(current), fixed(spec)) || !isBallooned || !sameCpus || !sameDisks || !sameNics;
 }
 
 function fixedOptions({ engine }: MachineSpec): MachineSpec["engine"] {

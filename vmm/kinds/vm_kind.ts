@@ -23,6 +23,7 @@ import {
   type ResourceReference,
   type Size,
   vmDefinition,
+  type XenOptions,
 } from "../../dsl/mod.ts";
 import {
   covers,
@@ -212,6 +213,10 @@ function disruption(
       return { class: "reboot", mechanism: "restart: a hypervisor's memory is fixed" };
     }
     return { class: "live", mechanism: "balloon" };
+  }
+  const { type, maxCpus } = recorded.props.engine;
+  if (field === "cpus" && type === "xen" && typeof maxCpus === "number" && Number(after) <= maxCpus) {
+    return { class: "live", mechanism: "vCPU hotplug" };
   }
   if (field === "power") {
     if (after === "stopped") return { class: "reboot", mechanism: "shut down" };
@@ -478,7 +483,10 @@ function checkXen(
   const { cpus, image, kernel, engine } = props;
   if (typeof cpus === "number") {
     if (cpus > XEN_CPUS) refuse("cpus", `at most ${XEN_CPUS} vCPUs`, "ask for less", cpus);
-    const { cap, pin } = engine as { cap?: number; pin?: readonly unknown[] };
+    const { cap, pin, maxCpus } = engine as XenOptions;
+    if (maxCpus !== undefined && maxCpus < cpus) {
+      report("engine.maxCpus", `It must be at least the number of vCPUs, which is ${cpus}`, maxCpus);
+    }
     if (cap !== undefined && cap > cpus * 100) {
       report("engine.cap", `A cap must be at most 100 for each vCPU, which is ${cpus * 100}`, cap);
     }

@@ -157,6 +157,13 @@ Deno.test("what the scheduler of Xen is told is changed live, and another kind o
     ],
   );
   assert.deepEqual(["engine.domain", "cpus"].map(classOf), ["reboot", "reboot"]);
+  const roomy = {
+    ...recorded,
+    props: { ...recorded.props, engine: { ...XEN, maxCpus: 2 } },
+  } as typeof recorded;
+  const cpus = (after: number) =>
+    kind.disruption!({ field: "cpus", before: 1, after }, roomy, roomy.props).class;
+  assert.deepEqual([2, 3].map(cpus), ["live", "reboot"]);
 });
 
 /** An engine of some name that can run everything, and puts specs on record instead. */

@@ -52,8 +52,10 @@ export interface DomainSpec {
   readonly id: string;
   /** Its name for other programs. */
   readonly name: string;
-  /** vCPUs. */
+  /** vCPUs that are on. */
   readonly cpus: number;
+  /** vCPUs that can be on. */
+  readonly maxCpus: number;
   /** Memory that it has once it has started, in bytes. */
   readonly memory: number;
   /** Memory that it can have, in bytes. */
@@ -149,7 +151,7 @@ export async function buildDomain(
   refuseLackOfMemory(xen, spec);
   await refuseTakenName(xen, xenstore, spec);
   const handle = domainHandle(spec.id);
-  const domid = xen.createDomain({ handle, vcpus: spec.cpus, type: "pvh" });
+  const domid = xen.createDomain({ handle, vcpus: spec.maxCpus, type: "pvh" });
   try {
     return await build(xen, xenstore, spec, domid, options.signal);
   } catch (error) {
@@ -193,9 +195,9 @@ function find(xen: Xen, { domid, handle }: Pick<DomainInfo, "domid" | "handle">)
   return found && handleUuid(found.handle) === handleUuid(handle) ? found : undefined;
 }
 
-function refuseLackOfMemory(xen: Xen, { name, maxMemory, cpus }: DomainSpec): void {
+function refuseLackOfMemory(xen: Xen, { name, maxMemory, maxCpus }: DomainSpec): void {
   const free = xen.physicalInfo().freePages * PAGE;
-  const needed = maxMemory + MEMORY_SLACK + pagingPool(maxMemory, cpus);
+  const needed = maxMemory + MEMORY_SLACK + pagingPool(maxMemory, maxCpus);
   if (free >= needed) return;
   throw new MachineError(
     `Cannot build the domain "${name}" as it takes ${formatSize(ceilMebibyte(needed))} and Xen has ${
@@ -233,13 +235,13 @@ async function build(
   domid: number,
   signal: AbortSignal | undefined,
 ): Promise<BuiltDomain> {
-  const { cpus, memory, maxMemory } = spec;
-  xen.setMaxVcpus(domid, cpus);
+  const { cpus, maxCpus, memory, maxMemory } = spec;
+  xen.setMaxVcpus(domid, maxCpus);
   xen.setMaxMemory(domid, (maxMemory + MEMORY_SLACK) / KIBIBYTE);
   const storePort = xen.allocateUnbound(domid, 0);
   const consolePort = xen.allocateUnbound(domid, 0);
   xen.setParameter(domid, "TIMER_MODE", NO_DELAY_FOR_MISSED_TICKS);
-  xen.setPagingPool(domid, pagingPool(maxMemory, cpus));
+  xen.setPagingPool(domid, pagingPool(maxMemory, maxCpus));
   await populate(xen, spec, domid, signal);
   xen.setMemoryMap(
     domid,
@@ -261,7 +263,7 @@ async function build(
       ["IDENT_PT", SPECIAL_FRAMES.identity * BigInt(PAGE)],
     ] as const
   ) xen.setParameter(domid, parameter, value);
-  for (const context of pvhContexts(xen.getContext(domid), entry, cpus)) xen.setContext(domid, context);
+  for (const context of pvhContexts(xen.getContext(domid), entry, maxCpus)) xen.setContext(domid, context);
   signal?.throwIfAborted();
   const entries = domainEntries({
     domid,
@@ -270,7 +272,7 @@ async function build(
     memory: memory / KIBIBYTE,
     maxMemory: maxMemory / KIBIBYTE,
     cpus,
-    maxCpus: cpus,
+    maxCpus,
     store: { gfn: SPECIAL_FRAMES.store, port: storePort },
     console: { gfn: SPECIAL_FRAMES.console, port: consolePort },
     disks: spec.disks,
@@ -367,7 +369,7 @@ class DomainMemory implements BootMemory, Disposable {
 
 function load(xen: Xen, spec: DomainSpec, domid: number): ReturnType<typeof loadPvh> {
   using memory = new DomainMemory(xen, domid, spec.maxMemory);
-  return loadPvh(memory, { ...spec, memory: spec.maxMemory });
+  return loadPvh(memory, { ...spec, cpus: spec.maxCpus, memory: spec.maxMemory });
 }
 
 function setUpSpecialPages(xen: Xen, domid: number): void {

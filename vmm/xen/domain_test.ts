@@ -44,7 +44,8 @@ class Host implements AsyncDisposable {
     this.spec = {
       id: ID,
       name: "stack-web",
-      cpus: 2,
+      cpus: 1,
+      maxCpus: 2,
       memory: 40 * MEBIBYTE,
       maxMemory: 64 * MEBIBYTE,
       kernel: `${folder}/vmlinux`,
@@ -159,6 +160,10 @@ Deno.test("a domain is built with memory, kernel, special pages, vCPUs and entri
   );
   const root = `/local/domain/${built.domid}`;
   assert.equal(host.store.tree[`${root}/name`], "stack-web");
+  assert.deepEqual([0, 1].map((cpu) => host.store.tree[`${root}/cpu/${cpu}/availability`]), [
+    "online",
+    "offline",
+  ]);
   assert.equal(host.store.tree[`${root}/memory/target`], `${40 * 1024}`);
   assert.equal(host.store.tree[`/local/domain/0/backend/vbd/${built.domid}/51712/physical-device`], "7:3");
   assert.equal(host.store.introduced.get(built.domid)?.gfn, SPECIAL_FRAMES.store);

@@ -31,6 +31,7 @@ import {
   hostNetwork,
   type KeeperFile,
   launchDomain,
+  maxCpusOf,
   sweepDomains,
   tune,
   XEN_CHANNELS,
@@ -42,6 +43,14 @@ import {
 
 const PAGE = 4096;
 const KIBIBYTE = 2 ** 10;
+/** How long a guest may take to change its vCPUs, in milliseconds. */
+const CPU_TIMEOUT = 60_000;
+/** Switches all vCPUs on that the guest has, and counts them. */
+const SWITCH_CPUS_ON = `
+for each in /sys/devices/system/cpu/cpu[1-9]*/online; do
+  [ ! -e "$each" ] || [ "$(cat "$each")" = 1 ] || echo 1 >"$each" 2>/dev/null
+done
+grep -c ^processor /proc/cpuinfo`;
 /** Pages that a guest gives back for itself: Linux maps what it shares with Xen in their place. */
 const OWN_PAGES = 8;
 /** Most vCPUs of a domain that Xen gives memory-mapped interrupt controllers (Xen 4.17 `HVM_MAX_VCPUS`). */
@@ -264,8 +273,10 @@ export class XenMachine extends FileMachine<XenFiles> {
       await this.#endKeeper();
       await this.#startKeeper(spec, options);
     }
-    if (spec.memory === current.memory) return;
+    if (spec.memory === current.memory && spec.cpus === current.cpus) return;
     using xenstore = await Xenstore.connect();
+    if (spec.cpus !== current.cpus) await this.#setCpus(xenstore, domid, spec, options);
+    if (spec.memory === current.memory) return;
     await xenstore.write(`${domainPath(domid)}/memory/target`, `${spec.memory / KIBIBYTE}`);
     const { pages = 0 } = await readJson<XenRunFile>(this.files.run) ?? {};
     const read = () => {
@@ -290,6 +301,35 @@ export class XenMachine extends FileMachine<XenFiles> {
     const domain = run?.domid === undefined ? undefined : xen.domain(run.domid);
     if (domain && machineOfHandle(domain.handle) === this.id) return domain;
     throw new MachineError("it has no domain");
+  }
+
+  /** Tells the guest which vCPUs it has. It takes those off that it has not, but those that are new it leaves off. */
+  async #setCpus(
+    xenstore: Xenstore,
+    domid: number,
+    spec: MachineSpec,
+    { signal, report }: OperationOptions,
+  ): Promise<void> {
+    report?.(`changing to ${spec.cpus} vCPUs`);
+    for (let cpu = 1; cpu < maxCpusOf(spec); cpu++) {
+      await xenstore.write(
+        `${domainPath(domid)}/cpu/${cpu}/availability`,
+        cpu < spec.cpus ? "online" : "offline",
+      );
+    }
+    if (!spec.hasAgent) return;
+    const options = { timeout: CPU_TIMEOUT, ...(signal ? { signal } : {}) };
+    const deadline = Date.now() + CPU_TIMEOUT;
+    while (true) {
+      const { stdout } = await this.guest.output(["sh", "-c", SWITCH_CPUS_ON], options);
+      if (Number(stdout) === spec.cpus) return;
+      if (Date.now() > deadline) {
+        throw new MachineError(
+          `the guest stays at ${stdout.trim()} vCPUs and ${spec.cpus} are wanted: look at its kernel's log`,
+        );
+      }
+      await delay(200);
+    }
   }
 
   #spawnKeeper(): Deno.ChildProcess {

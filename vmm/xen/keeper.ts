@@ -37,8 +37,8 @@ const BUILD_INTERVAL = 20;
 
 /** What a keeper is made of. */
 export interface KeeperOptions {
-  /** The machine. */
-  readonly spec: MachineSpec;
+  /** Reads what the machine is made of, which changes while it runs. */
+  readonly readSpec: () => Promise<MachineSpec>;
   /** Its files. */
   readonly files: XenFiles;
   /** Folders of this host. */
@@ -56,7 +56,8 @@ export interface KeeperOptions {
  * @throws {Error} If it cannot
  */
 export async function keepDomain(options: KeeperOptions): Promise<void> {
-  const { spec, files, paths, log, signal } = options;
+  const { readSpec, files, paths, log, signal } = options;
+  let spec = await readSpec();
   await using resources = new AsyncDisposableStack();
   const xen = resources.use(Xen.open());
   const xenstore = resources.use(await Xenstore.connect());
@@ -93,7 +94,7 @@ export async function keepDomain(options: KeeperOptions): Promise<void> {
     let end: XenEnd | "restart" | undefined;
     {
       await using attached = await attach(
-        { ...options, xen, xenstore, eventChannels, grants, consoles },
+        { ...options, spec, xen, xenstore, eventChannels, grants, consoles },
         run,
       );
       await writeWhole(files.keeper, JSON.stringify({ process: identity, domid }));
@@ -112,6 +113,7 @@ export async function keepDomain(options: KeeperOptions): Promise<void> {
     log.info("the guest restarts: its domain is built anew");
     try {
       await sweepDomains(host, spec.id);
+      spec = await readSpec();
       run = await launchDomain(host, spec, files, { signal });
     } catch (error) {
       const detail = `it could not restart: ${error instanceof Error ? error.message : error}`;
@@ -134,6 +136,7 @@ async function waitForDomain(files: XenFiles, signal: AbortSignal): Promise<XenR
 }
 
 interface Parts extends KeeperOptions {
+  readonly spec: MachineSpec;
   readonly xen: Xen;
   readonly xenstore: Xenstore;
   readonly eventChannels: EventChannels;

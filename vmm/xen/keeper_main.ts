@@ -45,9 +45,13 @@ export async function main(args: readonly string[]): Promise<void> {
   for (const signal of ["SIGINT", "SIGTERM"] as const) Deno.addSignalListener(signal, stop);
   try {
     const paths = hostPaths();
-    const spec = await new XenMachine(id, paths).spec();
-    if (!spec) throw new MachineError(`Cannot keep the machine ${id} as it is not on record`);
-    await keepDomain({ spec, files: xenFiles(paths, id), paths, log, signal: end.signal });
+    const machine = new XenMachine(id, paths);
+    const readSpec = async () => {
+      const spec = await machine.spec();
+      if (spec) return spec;
+      throw new MachineError(`Cannot keep the machine ${id} as it is not on record`);
+    };
+    await keepDomain({ readSpec, files: xenFiles(paths, id), paths, log, signal: end.signal });
   } catch (error) {
     log.error(error);
     throw error;

@@ -69,6 +69,8 @@ export interface XenFiles extends MachineFiles {
 
 /** Options of the engine as a machine has them. */
 export interface XenMachineOptions {
+  /** vCPUs that it can have; those that it has unless told. */
+  readonly maxCpus?: number;
   /** Share of the processors, relative to other domains'. */
   readonly weight?: number;
   /** Most of a processor that it gets, in percent. */
@@ -134,6 +136,7 @@ export async function launchDomain(
       id: spec.id,
       name: domainName(spec),
       cpus: spec.cpus,
+      maxCpus: maxCpusOf(spec),
       memory: spec.memory,
       maxMemory: spec.maxMemory,
       kernel,
@@ -187,10 +190,20 @@ export function tune(xen: Xen, domid: number, spec: MachineSpec): void {
     });
   }
   const all = Array.from({ length: xen.physicalInfo().maxCpuId + 1 }, (_, cpu) => cpu);
-  for (let vcpu = 0; vcpu < spec.cpus; vcpu++) {
+  for (let vcpu = 0; vcpu < maxCpusOf(spec); vcpu++) {
     const each = pin?.[vcpu];
-    xen.setVcpuAffinity(domid, vcpu, typeof each === "object" ? each : pin as readonly number[] ?? all);
+    xen.setVcpuAffinity(domid, vcpu, typeof each === "object" ? each : pin?.flat() ?? all);
   }
+}
+
+/**
+ * Tells how many vCPUs a machine can have until its next start.
+ *
+ * @param spec The machine
+ * @returns How many
+ */
+export function maxCpusOf(spec: MachineSpec): number {
+  return Math.max(spec.cpus, (spec.engine as XenMachineOptions).maxCpus ?? 0);
 }
 
 /**
