@@ -219,7 +219,12 @@ class FurtherConsole implements AsyncDisposable {
     const { xenstore, eventChannels, grants, consoles, log } = this.#parts;
     const front = frontendPath(this.#domid, "console", this.#number);
     const state = Number(await xenstore.read(`${front}/state`));
-    if (state === XENBUS_STATE.Closing || state === XENBUS_STATE.Closed) return this.#disconnect();
+    const back = `${backendPath(this.#domid, "console", this.#number)}/state`;
+    if (state === XENBUS_STATE.Closing || state === XENBUS_STATE.Closed) {
+      this.#disconnect();
+      // A guest that shuts down waits for each step, and 5 seconds where it is left out.
+      return await xenstore.write(back, `${state}`);
+    }
     const isConnected = state === XENBUS_STATE.Connected && this.#connection !== undefined;
     if (state !== XENBUS_STATE.Initialised && state !== XENBUS_STATE.Connected || isConnected) return;
     this.#disconnect();
@@ -238,10 +243,7 @@ class FurtherConsole implements AsyncDisposable {
     consoles.add(this.#number, { ring, port: local });
     eventChannels.notify(local);
     this.#connection = connection.move();
-    await xenstore.write(
-      `${backendPath(this.#domid, "console", this.#number)}/state`,
-      `${XENBUS_STATE.Connected}`,
-    );
+    await xenstore.write(back, `${XENBUS_STATE.Connected}`);
   }
 
   #disconnect(): void {
