@@ -6,7 +6,14 @@
  */
 
 import { join } from "node:path";
-import { attachLoop, detachLoop, listLoops, loopLabel, NetworkInterfaces } from "../../ffi/mod.ts";
+import {
+  attachLoop,
+  detachLoop,
+  deviceNumber,
+  listLoops,
+  loopLabel,
+  NetworkInterfaces,
+} from "../../ffi/mod.ts";
 import type { DomainInfo, Xen, Xenstore } from "../../ffi/xen/mod.ts";
 import type { MachineNic, MachineSpec, OperationOptions } from "../engine.ts";
 import { MachineError } from "../errors.ts";
@@ -282,7 +289,10 @@ async function attachDisk(
     );
   }
   if (!disk.readOnly) await refuseBusy(disk, loopLabelOf(id));
-  const { major, minor } = attachLoop(disk.path, { readOnly: disk.readOnly, label: loopLabelOf(id) });
+  const { isBlockDevice } = await Deno.stat(disk.path);
+  const { major, minor } = isBlockDevice
+    ? deviceNumber(disk.path)
+    : attachLoop(disk.path, { readOnly: disk.readOnly, label: loopLabelOf(id) });
   return { index, major, minor, readOnly: disk.readOnly, discard: !disk.readOnly, file: disk.path };
 }
 
