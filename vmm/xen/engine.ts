@@ -187,7 +187,7 @@ export class XenMachine extends FileMachine<XenFiles> {
   /** Tells whether it has a domain that has not ended. */
   protected async isAlive(): Promise<boolean> {
     const run = await readJson<XenRunFile>(this.files.run);
-    if (run?.domid === undefined) return false;
+    if (run?.domid === undefined || !isXenHost()) return false;
     using xen = Xen.open();
     const domain = xen.domain(run.domid);
     return domain !== undefined && machineOfHandle(domain.handle) === this.id && !domain.isDying &&
@@ -238,8 +238,8 @@ export class XenMachine extends FileMachine<XenFiles> {
   /** Destroys its domain. */
   protected async killNow(): Promise<void> {
     await this.#endKeeper();
-    // Without Xen there are no domains either.
-    if (!(await exists(this.files.run)) && !isXenHost()) return;
+    // Without Xen, as after another boot of the host, there are no domains either.
+    if (!isXenHost()) return;
     await using host = await openHost(this.paths);
     const had = domainsOf(host.xen, this.id).length > 0;
     await sweepDomains(host, this.id);
