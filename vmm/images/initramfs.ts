@@ -26,6 +26,9 @@ const OTHER_MODULES = [
   "ext4",
 ] as const;
 
+/** What the kernel runs when its host asks it to shut down or to restart, as Xen's toolstacks do. */
+const KERNEL_PROGRAMS = ["/sbin/poweroff", "/sbin/reboot"];
+
 /** Modules that guests load, where the kernel has them and does not have them built in. */
 export const GUEST_MODULES: readonly string[] = [
   ...BUS_MODULES.virtio,
@@ -55,6 +58,7 @@ export async function buildInitramfs(
     [...GUEST_MODULES, ...modules],
     INIT_SCRIPT,
     AGENT_SCRIPT,
+    KERNEL_PROGRAMS,
   );
   const { folder } = await storeEntry(context, `initramfs/${key}`, "the initramfs", async (part) => {
     context.report("building the initramfs");
@@ -64,6 +68,7 @@ export async function buildInitramfs(
       { path: "/hypertopia/busybox", mode: 0o755, content: await Deno.readFile(busybox) },
       { path: "/hypertopia/agent", mode: 0o755, content: encoder.encode(AGENT_SCRIPT) },
       { path: "/dev/console", mode: 0o600, device: { type: "character", major: 5, minor: 1 } },
+      ...KERNEL_PROGRAMS.map((path) => ({ path, mode: 0o777, link: "/hypertopia/busybox" })),
     ];
     const all = kernel.modules === undefined ? [] : await guestModules(kernel.modules, modules);
     const names: string[] = [];

@@ -6,7 +6,7 @@
 
 import { listLoops, resizeLoop } from "../../ffi/mod.ts";
 import { type DomainInfo, Xen, Xenstore } from "../../ffi/xen/mod.ts";
-import { equal, isRunning } from "../../planner/mod.ts";
+import { equal, identifyProcess, isRunning } from "../../planner/mod.ts";
 import { moduleBeside, spawnDetached } from "../detached.ts";
 import type {
   Capabilities,
@@ -214,7 +214,7 @@ export class XenMachine extends FileMachine<XenFiles> {
     await sweepDomains(host, this.id);
     await this.prepare(spec, options);
     await removeIfThere(this.files.run);
-    const keeper = this.#spawnKeeper();
+    const keeper = await this.#spawnKeeper();
     try {
       await launchDomain(host, spec, this.files, options);
       await this.#waitForKeeper(spec, keeper, options);
@@ -332,15 +332,19 @@ export class XenMachine extends FileMachine<XenFiles> {
     }
   }
 
-  #spawnKeeper(): Deno.ChildProcess {
-    const { engineLog } = this.files;
-    return spawnDetached(moduleBeside("./keeper_main", import.meta.url), engineLog, [
+  /** It is on record before it does anything: whoever comes next finds it, whatever happens to this process. */
+  async #spawnKeeper(): Promise<Deno.ChildProcess> {
+    const { engineLog, keeper } = this.files;
+    const child = spawnDetached(moduleBeside("./keeper_main", import.meta.url), engineLog, [
       ...["--id", this.id, "--log-path", engineLog],
     ]);
+    const process = identifyProcess(child.pid);
+    if (process) await writeWhole(keeper, JSON.stringify({ process }));
+    return child;
   }
 
   async #startKeeper(spec: MachineSpec, options: OperationOptions): Promise<void> {
-    await this.#waitForKeeper(spec, this.#spawnKeeper(), options);
+    await this.#waitForKeeper(spec, await this.#spawnKeeper(), options);
   }
 
   async #waitForKeeper(

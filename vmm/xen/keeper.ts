@@ -6,9 +6,10 @@
  */
 
 import { ConsoleRing, EventChannels, Grants, Xen, Xenstore } from "../../ffi/xen/mod.ts";
-import { identifyProcess } from "../../planner/mod.ts";
+import { equal, identifyProcess, isRunning, type ProcessIdentity } from "../../planner/mod.ts";
 import { SocketSet } from "../devices/unix_socket.ts";
 import type { MachineSpec } from "../engine.ts";
+import { MachineError } from "../errors.ts";
 import { EventLoop } from "../event_loop.ts";
 import { readJson } from "../file_machine.ts";
 import { removeIfThere, writeWhole } from "../files.ts";
@@ -20,6 +21,7 @@ import { DomainConsoles, KERNEL_CONSOLE, serveConsoles } from "./console.ts";
 import { backendPath, frontendPath, XENBUS_STATE } from "./devices.ts";
 import {
   FURTHER_CONSOLES,
+  type KeeperFile,
   launchDomain,
   sweepDomains,
   XEN_CHANNELS,
@@ -32,6 +34,8 @@ import { SPECIAL_FRAMES } from "./pvh.ts";
 
 /** How long the domain may take to be there, in milliseconds: it is built while this process starts. */
 const BUILD_TIMEOUT = 300_000;
+/** How long whoever starts this process may take to put it on record, in milliseconds. */
+const RECORD_TIMEOUT = 10_000;
 /** How often it is looked whether it is, in milliseconds. */
 const BUILD_INTERVAL = 20;
 
@@ -57,6 +61,8 @@ export interface KeeperOptions {
  */
 export async function keepDomain(options: KeeperOptions): Promise<void> {
   const { readSpec, files, paths, log, signal } = options;
+  const identity = identifyProcess()!;
+  await waitForRecord(files, identity);
   let spec = await readSpec();
   await using resources = new AsyncDisposableStack();
   const xen = resources.use(Xen.open());
@@ -79,8 +85,6 @@ export async function keepDomain(options: KeeperOptions): Promise<void> {
     ...spec.nics.flatMap((nic) => nic.forwards.map((each) => ({ ...each, guestIp: nic.ip }))),
     ...[...new Set(spec.nics.map(({ dns }) => dns))].flatMap((address) => dnsForwards(address)),
   ]);
-  const identity = identifyProcess()!;
-  await writeWhole(files.keeper, JSON.stringify({ process: identity }));
   resources.defer(() => removeIfThere(files.keeper));
   const serving = serveConsoles(eventChannels, consoles, loop, done.signal);
   resources.defer(async () => {
@@ -120,6 +124,19 @@ export async function keepDomain(options: KeeperOptions): Promise<void> {
       await writeWhole(files.run, JSON.stringify({ end: { reason: "failure", detail } }));
       throw error;
     }
+  }
+}
+
+/** Whoever starts a keeper puts it on record at once. Nobody would end one that is not, as where that one was killed. */
+async function waitForRecord({ keeper }: XenFiles, self: ProcessIdentity): Promise<void> {
+  const deadline = Date.now() + RECORD_TIMEOUT;
+  while (true) {
+    const found = (await readJson<KeeperFile>(keeper))?.process;
+    if (equal(found, self)) return;
+    if (found && isRunning(found) || Date.now() > deadline) {
+      throw new MachineError("Cannot keep the domain as this process is not on record: run apply again");
+    }
+    await new Promise((resolve) => setTimeout(resolve, BUILD_INTERVAL));
   }
 }
 
