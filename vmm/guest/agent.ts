@@ -291,8 +291,9 @@ await_word() {
 
 control_line() {
   stty raw -echo <&3
-  read -r ht_boot </proc/sys/kernel/random/boot_id
   await_word serve
+  # Not before: it is made when it is read first, and machines that go on from one state are not one.
+  read -r ht_boot </proc/sys/kernel/random/boot_id
   ht_id=${AGENT_GREETING}
   greet
   while IFS= read -r ht_line <&3; do
