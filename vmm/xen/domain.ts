@@ -189,6 +189,26 @@ export async function destroyDomain(
   }
 }
 
+/**
+ * Destroys all domains of a machine, whole ones and what is left of others: of one that is gone already, its entries.
+ *
+ * @param xen The hypervisor
+ * @param xenstore The connection
+ * @param id Identity of the machine
+ * @throws {MachineError} If something keeps the memory of one
+ */
+export async function destroyDomainsOf(xen: Xen, xenstore: Xenstore, id: string): Promise<void> {
+  for (const domain of domainsOf(xen, id)) await destroyDomain(xen, xenstore, domain);
+  const uuid = handleUuid(domainHandle(id));
+  const domid = await xenstore.read(`/vm/${uuid}/domid`);
+  if (domid === undefined) return;
+  // Whoever destroyed it may have died before the rest. Its number may be another domain's by now.
+  const isItsOwn = await xenstore.read(`/local/domain/${domid}/vm`) === `/vm/${uuid}`;
+  if (!isItsOwn) return await xenstore.remove(`/vm/${uuid}`);
+  await xenstore.release(Number(domid));
+  await removeDomainTree(xenstore, Number(domid), uuid);
+}
+
 /** Numbers are given anew: the same one may be another domain by now. */
 function find(xen: Xen, { domid, handle }: Pick<DomainInfo, "domid" | "handle">): DomainInfo | undefined {
   const found = xen.domain(domid);

@@ -6,9 +6,8 @@ import { elf } from "../boot/test_kernels.ts";
 import { MachineError } from "../errors.ts";
 import {
   buildDomain,
-  destroyDomain,
+  destroyDomainsOf,
   domainHandle,
-  domainsOf,
   type DomainSpec,
   handleUuid,
   machineOfHandle,
@@ -97,7 +96,7 @@ class Host implements AsyncDisposable {
 
   /** What the next command does first. */
   async sweep(): Promise<void> {
-    for (const domain of domainsOf(this.xen, ID)) await destroyDomain(this.xen, this.xenstore, domain);
+    await destroyDomainsOf(this.xen, this.xenstore, ID);
   }
 
   async reconnect(): Promise<void> {
@@ -211,6 +210,32 @@ Deno.test("whatever a command that dies leaves of a domain, the next one finds i
     await host.sweep();
     assert.deepEqual(host.state(), host.before, `hypercall ${index}`);
   }
+});
+
+Deno.test("an end that is cut short anywhere is finished by the next command", async () => {
+  await using host = await Host.start();
+  await host.build();
+  const first = host.store.requests;
+  await host.sweep();
+  const requests = host.store.requests - first;
+  assert.ok(requests > 5, `${requests} requests`);
+  // The last one only looks whether anything is left.
+  for (let index = 1; index < requests; index++) {
+    await host.build();
+    host.store.failAt(index);
+    await assert.rejects(host.sweep(), /ENOSPC/, `request ${index}`);
+    await host.sweep();
+    assert.deepEqual(host.state(), host.before, `request ${index}`);
+  }
+  // Where the number is another domain's by then, only what names ours goes.
+  await host.build();
+  const tree = Object.keys(host.store.tree).find((each) => /^\/local\/domain\/[1-9]\d*\/vm$/.test(each))!;
+  const domid = Number(tree.split("/")[3]);
+  host.hypervisor.domains.delete(domid);
+  host.store.write(tree, "/vm/others");
+  await host.sweep();
+  assert.equal(host.store.tree[tree], "/vm/others");
+  assert.ok(!Object.keys(host.store.tree).some((each) => each.startsWith("/vm/68797065")));
 });
 
 Deno.test("what cannot be built is refused in words, before anything is made", async () => {

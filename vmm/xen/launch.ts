@@ -24,7 +24,7 @@ import { bridgeName, type BridgeSpec, HostNetwork } from "../net/host_network.ts
 import { machineFolder, type Paths } from "../paths.ts";
 import type { ProcessIdentity } from "../../planner/mod.ts";
 import { diskName, type XenDisk } from "./devices.ts";
-import { buildDomain, destroyDomain, domainsOf } from "./domain.ts";
+import { buildDomain, destroyDomain, destroyDomainsOf } from "./domain.ts";
 
 /** Data channels of a guest: Linux has 8 consoles in all, one for the kernel, one for control, and two for each channel. */
 export const XEN_CHANNELS = 3;
@@ -177,7 +177,7 @@ export async function launchDomain(
  * @param id Identity of the machine
  */
 export async function sweepDomains({ xen, xenstore }: XenHost, id: string): Promise<void> {
-  for (const domain of domainsOf(xen, id)) await destroyDomain(xen, xenstore, domain);
+  await destroyDomainsOf(xen, xenstore, id);
   releaseDisks(id);
 }
 
