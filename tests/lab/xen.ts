@@ -20,7 +20,7 @@ const RESTART_TIMEOUT = 300_000;
 /** How domains of ours begin below `/vm`: "hypertop" in hexadecimal digits. */
 const OURS = "68797065-7274-6f70-";
 /** At how many moments `apply` is killed. */
-const KILLS = 8;
+const KILLS = 4;
 
 /** A place that leaves no domain either, whatever went wrong in it. */
 class XenPlace extends Place {
