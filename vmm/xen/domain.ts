@@ -10,6 +10,7 @@ import { formatSize } from "../../dsl/mod.ts";
 import type { BootMemory } from "../boot/linux.ts";
 import { GuestMemoryError } from "../devices/guest_memory.ts";
 import { MachineError } from "../errors.ts";
+import { delay } from "../file_machine.ts";
 import {
   domainEntries,
   HOST_ENTRIES,
@@ -185,7 +186,7 @@ export async function destroyDomain(
           `and for devices below /sys/bus/xen-backend/devices, then try again`,
       );
     }
-    await new Promise((resolve) => setTimeout(resolve, GONE_INTERVAL));
+    await delay(GONE_INTERVAL);
   }
 }
 
@@ -338,7 +339,7 @@ async function populate(
         break;
       }
       // Each takes a while; whoever wants to stop it can.
-      await new Promise((resolve) => setTimeout(resolve, 0));
+      await delay(0);
       signal?.throwIfAborted();
     }
   }

@@ -11,7 +11,7 @@ import { SocketSet } from "../devices/unix_socket.ts";
 import type { MachineSpec } from "../engine.ts";
 import { MachineError } from "../errors.ts";
 import { EventLoop } from "../event_loop.ts";
-import { readJson } from "../file_machine.ts";
+import { delay, readJson } from "../file_machine.ts";
 import { removeIfThere, writeWhole } from "../files.ts";
 import { guestEndpoints } from "../guest/channel.ts";
 import { dnsForwards, PortForwards } from "../net/forward.ts";
@@ -136,7 +136,7 @@ async function waitForRecord({ keeper }: XenFiles, self: ProcessIdentity): Promi
     if (found && isRunning(found) || Date.now() > deadline) {
       throw new MachineError("Cannot keep the domain as this process is not on record: run apply again");
     }
-    await new Promise((resolve) => setTimeout(resolve, BUILD_INTERVAL));
+    await delay(BUILD_INTERVAL);
   }
 }
 
@@ -147,7 +147,7 @@ async function waitForDomain(files: XenFiles, signal: AbortSignal): Promise<XenR
     const run = await readJson<XenRunFile>(files.run);
     if (run?.end) return undefined;
     if (run?.domid !== undefined) return run;
-    await new Promise((resolve) => setTimeout(resolve, BUILD_INTERVAL));
+    await delay(BUILD_INTERVAL);
   }
   return undefined;
 }

@@ -17,7 +17,7 @@ import {
 import type { DomainInfo, Xen, Xenstore } from "../../ffi/xen/mod.ts";
 import type { MachineNic, MachineSpec, OperationOptions } from "../engine.ts";
 import { MachineError } from "../errors.ts";
-import { type MachineFiles, machineFiles } from "../file_machine.ts";
+import { delay, type MachineFiles, machineFiles } from "../file_machine.ts";
 import { writeWhole } from "../files.ts";
 import { unpackKernel } from "../images/kernel_image.ts";
 import { bridgeName, type BridgeSpec, HostNetwork } from "../net/host_network.ts";
@@ -273,7 +273,7 @@ async function refuseBusy({ name, path }: MachineSpec["disks"][number], label: s
           `then run "losetup -d ${busy}"`,
       );
     }
-    await new Promise((resolve) => setTimeout(resolve, 10));
+    await delay(10);
   }
 }
 
@@ -324,7 +324,7 @@ async function plugInterfaces(
             `"modprobe xen-netback", and look at dmesg`,
         );
       }
-      await new Promise((resolve) => setTimeout(resolve, 5));
+      await delay(5);
     }
     interfaces.addToBridge(bridgeOf(spec, nic).name, name);
     interfaces.setUp(name, true);
