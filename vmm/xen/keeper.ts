@@ -280,10 +280,19 @@ async function waitForEnd(
   let changed = Promise.withResolvers<void>();
   const wake = () => changed.resolve();
   signal.addEventListener("abort", wake);
-  void xenstore.closed.then(wake);
+  let isLost = false;
+  void xenstore.closed.then(() => {
+    isLost = true;
+    wake();
+  });
+  const watch = await xenstore.watch("@releaseDomain", wake);
   try {
-    await using _watch = await xenstore.watch("@releaseDomain", wake);
     while (!signal.aborted) {
+      if (isLost) {
+        throw new MachineError(
+          "Cannot keep the domain as the connection to xenstored is lost: see that it runs, then run apply",
+        );
+      }
       const domain = xen.domain(domid);
       if (!domain || domain.isDying) return { reason: "stopped", detail: "its domain was destroyed" };
       const { shutdownReason } = domain;
@@ -302,5 +311,7 @@ async function waitForEnd(
     return undefined;
   } finally {
     signal.removeEventListener("abort", wake);
+    // With the connection all watches are lost.
+    if (!isLost) await watch[Symbol.asyncDispose]();
   }
 }
