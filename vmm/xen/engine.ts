@@ -266,7 +266,7 @@ export class XenMachine extends FileMachine<XenFiles> {
       await Deno.truncate(disk.path, disk.size);
       resizeLoop(loop);
     }
-    if (!equal(current.engine, spec.engine)) tune(xen, domid, spec);
+    if (!equal(current.engine, spec.engine)) tune(xen, domid, spec, current.engine);
     // The keeper reads these when it starts.
     if (!equal([current.nics, current.engine], [spec.nics, spec.engine])) {
       await this.record({ ...current, nics: spec.nics, engine: spec.engine });

@@ -22,7 +22,7 @@ import { writeWhole } from "../files.ts";
 import { unpackKernel } from "../images/kernel_image.ts";
 import { bridgeName, type BridgeSpec, HostNetwork } from "../net/host_network.ts";
 import { machineFolder, type Paths } from "../paths.ts";
-import type { ProcessIdentity } from "../../planner/mod.ts";
+import { equal, type ProcessIdentity } from "../../planner/mod.ts";
 import { diskName, type XenDisk } from "./devices.ts";
 import { buildDomain, destroyDomain, destroyDomainsOf } from "./domain.ts";
 
@@ -33,6 +33,8 @@ export const FURTHER_CONSOLES: number = 1 + 2 * XEN_CHANNELS;
 /** Words for the kernel of every guest: consoles, and which of them the agent has. */
 const COMMAND_LINE = "console=hvc0 hypertopia.control=hvc1 hypertopia.channels=hvc2";
 const MTU = 1500;
+/** What Xen gives a new domain of the processors. */
+const NEW_SCHEDULE = { weight: 256, cap: 0 } as const;
 /** How long the host's driver may take to let go of the disk of a domain that is gone, in milliseconds. */
 const LOOP_TIMEOUT = 10_000;
 /** How long the host's driver may take to make its end of a NIC, in milliseconds. */
@@ -182,20 +184,24 @@ export async function sweepDomains({ xen, xenstore }: XenHost, id: string): Prom
 }
 
 /**
- * Changes what the scheduler does with a domain, while it runs too.
+ * Changes what the scheduler does with a domain, while it runs too. Not all schedulers can: what is as it was is not asked
+ * for.
  *
  * @param xen The hypervisor
  * @param domid The domain
  * @param spec The machine
+ * @param before Its options before; those of a new domain unless told
  */
-export function tune(xen: Xen, domid: number, spec: MachineSpec): void {
-  const { weight, cap, pin } = spec.engine as XenMachineOptions;
-  if (weight !== undefined || cap !== undefined) {
-    xen.setSchedule(domid, {
-      ...(weight === undefined ? {} : { weight }),
-      ...(cap === undefined ? {} : { cap }),
-    });
-  }
+export function tune(
+  xen: Xen,
+  domid: number,
+  spec: MachineSpec,
+  before: XenMachineOptions = {},
+): void {
+  const { weight = NEW_SCHEDULE.weight, cap = NEW_SCHEDULE.cap, pin } = spec.engine as XenMachineOptions;
+  const { weight: oldWeight, cap: oldCap } = { ...NEW_SCHEDULE, ...before };
+  if (weight !== oldWeight || cap !== oldCap) xen.setSchedule(domid, { weight, cap });
+  if (equal(pin, before.pin)) return;
   const all = Array.from({ length: xen.physicalInfo().maxCpuId + 1 }, (_, cpu) => cpu);
   for (let vcpu = 0; vcpu < maxCpusOf(spec); vcpu++) {
     const each = pin?.[vcpu];
