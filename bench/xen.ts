@@ -20,7 +20,8 @@ import {
   XenEngine,
 } from "../vmm/mod.ts";
 import { buildDomain, destroyDomain } from "../vmm/xen/domain.ts";
-import { bridgeOf, hostNetwork, launchDomain, sweepDomains, xenFiles } from "../vmm/xen/launch.ts";
+import { bridgeOf, hostNetwork } from "../vmm/net/machine_bridges.ts";
+import { launchDomain, sweepDomains, xenFiles } from "../vmm/xen/launch.ts";
 import { compared, type Figure, rounded } from "./figure.ts";
 
 const ROUNDS = 5;

@@ -11,7 +11,6 @@ import type {
   Capabilities,
   Engine,
   MachineNeeds,
-  MachineNic,
   MachineSpec,
   MachineStatus,
   OperationOptions,
@@ -20,7 +19,8 @@ import { MachineError } from "../errors.ts";
 import { delay, killProcess, listMachines, machineIds, readJson } from "../file_machine.ts";
 import { lockFile, removeIfThere } from "../files.ts";
 import { tailOf } from "../machine_files.ts";
-import { bridgeName, type BridgeSpec, canUseTap, hasNft, HostNetwork, tapName } from "../net/host_network.ts";
+import { canUseTap, hasNft, tapName } from "../net/host_network.ts";
+import { bridgeOf, hostNetwork, releaseBridges } from "../net/machine_bridges.ts";
 import { hostPaths, type Paths } from "../paths.ts";
 import { kvmKey, probeOncePerKey } from "../probe_cache.ts";
 import {
@@ -149,7 +149,7 @@ export class KvmMachine extends SupervisedMachine {
 
   /** Ends what its network and its process were for. */
   protected override async release(spec: MachineSpec | undefined): Promise<void> {
-    await this.#releaseNetworks(spec);
+    await releaseBridges(this.paths, spec);
     if (spec && isShared(spec)) await this.#releaseShared(spec.stack);
   }
 
@@ -169,10 +169,6 @@ export class KvmMachine extends SupervisedMachine {
     for (const path of Object.values(shared)) await removeIfThere(path);
   }
 
-  #network(): HostNetwork {
-    return new HostNetwork({ lock: join(this.paths.data, "network.lock") });
-  }
-
   /** Starts it in the process that runs all machines of its stack, and that process where there is none. */
   async #startShared(spec: MachineSpec, options: OperationOptions): Promise<void> {
     const { api, configuration, run, engineLog } = this.files;
@@ -180,7 +176,7 @@ export class KvmMachine extends SupervisedMachine {
     const request = { api_sock: api, config_file: configuration, run_file: run, log_path: engineLog };
     const call = options.signal ? { signal: options.signal } : {};
     using _lock = await lockFile(shared.lock, call);
-    const network = this.#network();
+    const network = hostNetwork(this.paths);
     for (const nic of spec.nics) await network.ensureBridge(bridgeOf(spec, nic));
     try {
       if (await requestMachine(shared.socket, this.id, request, call)) return;
@@ -210,27 +206,8 @@ export class KvmMachine extends SupervisedMachine {
       throw startError(spec, error.message);
     }
   }
-
-  /** A network that no machine uses any more leaves nothing on the host. */
-  async #releaseNetworks(spec: MachineSpec | undefined): Promise<void> {
-    if (!spec || spec.nics.length === 0) return;
-    const network = this.#network();
-    for (const name of new Set(spec.nics.map((nic) => bridgeOf(spec, nic).name))) {
-      await network.releaseBridge(name);
-    }
-  }
 }
 
 function isShared(spec: MachineSpec): boolean {
   return (spec.engine as KvmMachineOptions).isolation === "shared";
-}
-
-function bridgeOf(spec: MachineSpec, nic: MachineNic): BridgeSpec {
-  return {
-    name: bridgeName(`${spec.stack}\n${nic.network}`),
-    cidr: nic.cidr,
-    gateway: nic.gateway,
-    dns: nic.dns,
-    nat: nic.nat,
-  };
 }

@@ -22,13 +22,12 @@ import { delay, FileMachine, killProcess, machineIds, readJson } from "../file_m
 import { exists, removeIfThere, writeWhole } from "../files.ts";
 import { findPanic, tailOf } from "../machine_files.ts";
 import { hasNft } from "../net/host_network.ts";
+import { releaseBridges } from "../net/machine_bridges.ts";
 import { hostPaths, type Paths } from "../paths.ts";
 import { startError } from "../supervised_machine.ts";
 import { domainPath } from "./devices.ts";
 import { domainsOf, machineOfHandle } from "./domain.ts";
 import {
-  bridgeOf,
-  hostNetwork,
   type KeeperFile,
   launchDomain,
   maxCpusOf,
@@ -289,11 +288,7 @@ export class XenMachine extends FileMachine<XenFiles> {
 
   /** A network that no machine uses any more leaves nothing on the host. */
   protected override async release(spec: MachineSpec | undefined): Promise<void> {
-    if (!spec || spec.nics.length === 0) return;
-    const network = hostNetwork(this.paths);
-    for (const name of new Set(spec.nics.map((nic) => bridgeOf(spec, nic).name))) {
-      await network.releaseBridge(name);
-    }
+    await releaseBridges(this.paths, spec);
   }
 
   async #domain(xen: Xen): Promise<DomainInfo> {

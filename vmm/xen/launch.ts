@@ -20,7 +20,7 @@ import { MachineError } from "../errors.ts";
 import { delay, type MachineFiles, machineFiles } from "../file_machine.ts";
 import { writeWhole } from "../files.ts";
 import { unpackKernel } from "../images/kernel_image.ts";
-import { bridgeName, type BridgeSpec, HostNetwork } from "../net/host_network.ts";
+import { bridgeOf, hostNetwork } from "../net/machine_bridges.ts";
 import { machineFolder, type Paths } from "../paths.ts";
 import { equal, type ProcessIdentity } from "../../planner/mod.ts";
 import { diskName, type XenDisk } from "./devices.ts";
@@ -217,33 +217,6 @@ export function tune(
  */
 export function maxCpusOf(spec: MachineSpec): number {
   return Math.max(spec.cpus, (spec.engine as XenMachineOptions).maxCpus ?? 0);
-}
-
-/**
- * Names the bridge of a NIC's network.
- *
- * @param spec The machine
- * @param nic The NIC
- * @returns The bridge
- */
-export function bridgeOf(spec: MachineSpec, nic: MachineNic): BridgeSpec {
-  return {
-    name: bridgeName(`${spec.stack}\n${nic.network}`),
-    cidr: nic.cidr,
-    gateway: nic.gateway,
-    dns: nic.dns,
-    nat: nic.nat,
-  };
-}
-
-/**
- * Gives what changes the networks of this host.
- *
- * @param paths Folders of this host
- * @returns It
- */
-export function hostNetwork(paths: Paths): HostNetwork {
-  return new HostNetwork({ lock: join(paths.data, "network.lock") });
 }
 
 /**
