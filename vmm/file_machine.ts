@@ -7,6 +7,7 @@
 
 import { join } from "node:path";
 import { formatSize } from "../dsl/mod.ts";
+import { equal } from "../planner/mod.ts";
 import type {
   EngineName,
   Machine,
@@ -110,12 +111,11 @@ export abstract class FileMachine<Files extends MachineFiles> implements Machine
   protected abstract pressPower(options: OperationOptions): Promise<void>;
   /** Powers it off; the lock is held. */
   protected abstract killNow(): Promise<void>;
-  /** Tells whether disks and NICs that come or go can do so while it runs. */
-  protected abstract canPlug(
-    current: MachineSpec,
-    spec: MachineSpec,
-    options: OperationOptions,
-  ): Promise<boolean>;
+  /** Tells whether disks and NICs that come or go can do so while it runs: they take a restart unless an engine says else. */
+  protected canPlug(current: MachineSpec, spec: MachineSpec, _options: OperationOptions): Promise<boolean> {
+    const names = (each: MachineSpec) => [...each.disks, ...each.nics].map(({ name }) => name);
+    return Promise.resolve(equal(names(current), names(spec)));
+  }
 
   /** Ends what it shared with others, as far as nobody needs that any more. */
   protected async release(_spec: MachineSpec | undefined): Promise<void> {}

@@ -132,12 +132,6 @@ export abstract class SupervisedMachine extends FileMachine<SupervisedFiles> {
     return run?.process !== undefined && isRunning(run.process);
   }
 
-  /** Tells whether a live change is enough: what is plugged takes a restart. */
-  protected canPlug(current: MachineSpec, spec: MachineSpec): Promise<boolean> {
-    const names = (each: MachineSpec) => [...each.disks, ...each.nics].map(({ name }) => name);
-    return Promise.resolve(equal(names(current), names(spec)));
-  }
-
   /** Starts it in a supervisor. */
   protected async startNow(spec: MachineSpec, options: OperationOptions): Promise<void> {
     if (await this.isAlive()) return;

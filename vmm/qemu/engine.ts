@@ -280,7 +280,7 @@ export class QemuMachine extends FileMachine<QemuFiles> {
   }
 
   /** Tells whether the devices to be plugged fit into the free ports, and memory can change; a restart makes it so. */
-  protected async canPlug(
+  protected override async canPlug(
     current: MachineSpec,
     spec: MachineSpec,
     options: OperationOptions,

@@ -193,12 +193,6 @@ export class XenMachine extends FileMachine<XenFiles> {
       domain.shutdownReason === undefined;
   }
 
-  /** Tells whether a live change is enough: what is plugged takes a restart. */
-  protected canPlug(current: MachineSpec, spec: MachineSpec): Promise<boolean> {
-    const names = (each: MachineSpec) => [...each.disks, ...each.nics].map(({ name }) => name);
-    return Promise.resolve(equal(names(current), names(spec)));
-  }
-
   /** Builds its domain, while the process starts that keeps it. */
   protected async startNow(spec: MachineSpec, options: OperationOptions): Promise<void> {
     if (await this.isAlive()) return;
