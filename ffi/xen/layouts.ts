@@ -404,37 +404,6 @@ export const hvmMtrr = {
   fields: { msr_pat_cr: [0, "u64"], msr_mtrr_cap: [224, "u64"], msr_mtrr_def_type: [232, "u64"] },
 } as const satisfies Layout;
 
-/** `struct hvm_start_info`: what a PVH guest finds at the address that is in its register rbx. */
-export const hvmStartInfo = {
-  name: "struct hvm_start_info",
-  size: 56,
-  fields: {
-    magic: [0, "u32"],
-    version: [4, "u32"],
-    flags: [8, "u32"],
-    nr_modules: [12, "u32"],
-    modlist_paddr: [16, "u64"],
-    cmdline_paddr: [24, "u64"],
-    rsdp_paddr: [32, "u64"],
-    memmap_paddr: [40, "u64"],
-    memmap_entries: [48, "u32"],
-  },
-} as const satisfies Layout;
-
-/** `struct hvm_modlist_entry`. */
-export const hvmModule = {
-  name: "struct hvm_modlist_entry",
-  size: 32,
-  fields: { paddr: [0, "u64"], size: [8, "u64"], cmdline_paddr: [16, "u64"] },
-} as const satisfies Layout;
-
-/** `struct hvm_memmap_table_entry`. */
-export const hvmMemoryMapEntry = {
-  name: "struct hvm_memmap_table_entry",
-  size: 24,
-  fields: { addr: [0, "u64"], size: [8, "u64"], type: [16, "u32"] },
-} as const satisfies Layout;
-
 /** Layouts that are the same in all versions. */
 export const XEN_LAYOUTS: readonly Layout[] = [
   domctlEnvelope,
@@ -463,9 +432,6 @@ export const XEN_LAYOUTS: readonly Layout[] = [
   saveHeader,
   hvmCpu,
   hvmMtrr,
-  hvmStartInfo,
-  hvmModule,
-  hvmMemoryMapEntry,
 ];
 
 /** Fields of `struct xen_domctl_getdomaininfo`. */

@@ -5,7 +5,14 @@
  * @module
  */
 
-import type { DomainInfo, ForeignMapping, Xen, Xenstore } from "../../ffi/xen/mod.ts";
+import { Struct } from "../../ffi/mod.ts";
+import {
+  type DomainInfo,
+  type ForeignMapping,
+  grantEntry,
+  type Xen,
+  type Xenstore,
+} from "../../ffi/xen/mod.ts";
 import { formatSize } from "../../dsl/mod.ts";
 import type { BootMemory } from "../boot/linux.ts";
 import { GuestMemoryError } from "../devices/guest_memory.ts";
@@ -43,7 +50,7 @@ const GONE_INTERVAL = 10;
 /** Timers tick at once for each that was missed no more. */
 const NO_DELAY_FOR_MISSED_TICKS = 1;
 /** Entries of the grant table by which consoles and xenstored are let in (Xen 4.17 `xen/include/public/grant_table.h`). */
-const GRANT = { console: 0, store: 1, permitAccess: 1, size: 8 } as const;
+const GRANT = { console: 0, store: 1, permitAccess: 1 } as const;
 /** What handles of our domains begin with, in ASCII. */
 const HANDLE_PREFIX = "hypertop";
 
@@ -400,16 +407,14 @@ function setUpSpecialPages(xen: Xen, domid: number): void {
     pages.bytes.set(identityPage(), Number(SPECIAL_FRAMES.identity - SPECIAL_FRAMES.first) * PAGE);
   }
   using table = xen.grantTable(domid);
-  const { buffer, byteOffset, byteLength } = table.bytes;
-  const grants = new DataView(buffer, byteOffset, byteLength);
+  const { buffer, byteOffset } = table.bytes;
   for (
     const [index, frame] of [[GRANT.console, SPECIAL_FRAMES.console], [
       GRANT.store,
       SPECIAL_FRAMES.store,
     ]] as const
   ) {
-    grants.setUint16(index * GRANT.size + 2, 0, true);
-    grants.setUint32(index * GRANT.size + 4, Number(frame), true);
-    grants.setUint16(index * GRANT.size, GRANT.permitAccess, true);
+    new Struct(grantEntry, buffer, byteOffset + index * grantEntry.size)
+      .assign({ domid: 0, frame }).assign({ flags: GRANT.permitAccess });
   }
 }
