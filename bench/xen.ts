@@ -60,6 +60,7 @@ export default async function* xen(): AsyncIterable<Figure> {
   await hostNetwork(paths).ensureBridge(bridge);
   cleanUp.defer(async () => void await hostNetwork(paths).releaseBridge(bridge.name));
 
+  await using _daemon = await startConsoled(hypervisor);
   const ours: number[] = [];
   const theirs: number[] = [];
   let counts: Counts = { hypercalls: 0, requests: 0 };
@@ -142,6 +143,25 @@ function xlConfiguration(spec: MachineSpec, initramfs: string, disk: string, bri
     disk: [`format=raw,vdev=xvda,access=rw,backendtype=phy,target=${disk}`],
     vif: [`bridge=${bridge},mac=${spec.nics[0]!.mac}`],
   }).map(([key, value]) => `${key} = ${JSON.stringify(value)}\n`).join("");
+}
+
+/** xl waits for the daemon that serves consoles, where none runs yet. */
+async function startConsoled(hypervisor: Xen): Promise<AsyncDisposable> {
+  const { success } = await new Deno.Command("pidof", { args: ["xenconsoled"], stdout: "null" }).output();
+  if (success) return { [Symbol.asyncDispose]: () => Promise.resolve() };
+  const { major, minor } = hypervisor.version();
+  const daemon = new Deno.Command(`/usr/lib/xen-${major}.${minor}/bin/xenconsoled`, {
+    args: ["-i"],
+    stdin: "null",
+    stdout: "null",
+    stderr: "null",
+  }).spawn();
+  return {
+    async [Symbol.asyncDispose]() {
+      daemon.kill();
+      await daemon.status;
+    },
+  };
 }
 
 async function run(program: string, args: readonly string[]): Promise<void> {
