@@ -39,72 +39,21 @@ interface Offsets {
   readonly totalPages: number;
 }
 
+/** What versions have in common, by the first of each kind. */
+const sixteen = { grantOptions: 44, infoSize: 112, infoEmulation: 104 } as const;
+const fourteen = { infoSize: 104, infoEmulation: 96, totalPages: 32 } as const;
+const seventeen = { ...sixteen, emulation: 56, totalPages: 40 } as const;
+const nineteen = { ...sixteen, emulation: 60, totalPages: 40 } as const;
 const OFFSETS: Readonly<Record<number, Offsets>> = {
-  14: { domctl: 0x12, sysctl: 0x13, emulation: 44, infoSize: 104, infoEmulation: 96, totalPages: 32 },
-  15: { domctl: 0x13, sysctl: 0x13, emulation: 48, infoSize: 104, infoEmulation: 96, totalPages: 32 },
-  16: {
-    domctl: 0x14,
-    sysctl: 0x14,
-    grantOptions: 44,
-    emulation: 52,
-    infoSize: 112,
-    infoEmulation: 104,
-    totalPages: 32,
-  },
-  17: {
-    domctl: 0x15,
-    sysctl: 0x15,
-    grantOptions: 44,
-    emulation: 56,
-    infoSize: 112,
-    infoEmulation: 104,
-    totalPages: 40,
-  },
-  18: {
-    domctl: 0x16,
-    sysctl: 0x15,
-    grantOptions: 44,
-    emulation: 56,
-    infoSize: 112,
-    infoEmulation: 104,
-    totalPages: 40,
-  },
-  19: {
-    domctl: 0x17,
-    sysctl: 0x15,
-    grantOptions: 44,
-    emulation: 60,
-    infoSize: 112,
-    infoEmulation: 104,
-    totalPages: 40,
-  },
-  20: {
-    domctl: 0x17,
-    sysctl: 0x15,
-    grantOptions: 44,
-    emulation: 60,
-    infoSize: 112,
-    infoEmulation: 104,
-    totalPages: 40,
-  },
-  21: {
-    domctl: 0x17,
-    sysctl: 0x16,
-    grantOptions: 44,
-    emulation: 60,
-    infoSize: 112,
-    infoEmulation: 104,
-    totalPages: 40,
-  },
-  22: {
-    domctl: 0x18,
-    sysctl: 0x16,
-    grantOptions: 44,
-    emulation: 60,
-    infoSize: 112,
-    infoEmulation: 104,
-    totalPages: 40,
-  },
+  14: { domctl: 0x12, sysctl: 0x13, emulation: 44, ...fourteen },
+  15: { domctl: 0x13, sysctl: 0x13, emulation: 48, ...fourteen },
+  16: { domctl: 0x14, sysctl: 0x14, emulation: 52, totalPages: 32, ...sixteen },
+  17: { domctl: 0x15, sysctl: 0x15, ...seventeen },
+  18: { domctl: 0x16, sysctl: 0x15, ...seventeen },
+  19: { domctl: 0x17, sysctl: 0x15, ...nineteen },
+  20: { domctl: 0x17, sysctl: 0x15, ...nineteen },
+  21: { domctl: 0x17, sysctl: 0x16, ...nineteen },
+  22: { domctl: 0x18, sysctl: 0x16, ...nineteen },
 };
 
 /** What kills the process of a test between two operations: nothing that follows in it has any effect. */
