@@ -30,6 +30,15 @@ export interface DiskOutputs {
 /** A declared disk. */
 export type Disk = ResourceWith<DiskOutputs>;
 
+/** Marks disks of one format. The mark is for the compiler only: at run time nothing has it. */
+export interface FormatMark<F extends string> {
+  /** The format, for the compiler only: never there at run time. */
+  readonly format?: F;
+}
+
+/** The mark of a disk whose prop `format` has the type `F`; none where it is `raw`, or known at run time only. */
+export type OfFormat<F> = [F] extends ["qcow2"] ? FormatMark<"qcow2"> : unknown;
+
 /** Kind of {@linkcode disk}. */
 export const diskDefinition: KindDefinition<DiskProps> = {
   name: "disk",
@@ -43,6 +52,7 @@ export const diskDefinition: KindDefinition<DiskProps> = {
 /**
  * Declares a disk.
  *
+ * @typeParam F The format, where it is known at edit time
  * @param props Size and format
  * @param options Lifecycle options; `{ protect: true }` suits data
  * @returns The disk
@@ -54,6 +64,10 @@ export const diskDefinition: KindDefinition<DiskProps> = {
  * const data = disk({ size: "8GiB", filesystem: "ext4" }, { protect: true });
  * ```
  */
-export function disk(props: Inputs<DiskProps>, options?: LifecycleOptions): Disk {
-  return declare<DiskProps, DiskOutputs>(diskDefinition, props, options, ["path", "serial"]);
+export function disk<F extends Inputs<DiskProps>["format"] = "raw">(
+  props: Inputs<DiskProps> & { readonly format?: F },
+  options?: LifecycleOptions,
+): Disk & OfFormat<F> {
+  const declared = declare<DiskProps, DiskOutputs>(diskDefinition, props, options, ["path", "serial"]);
+  return declared as Disk & OfFormat<F>;
 }

@@ -42,6 +42,20 @@ export type ImageSource = Choice<"image">;
 /** Where a machine's kernel comes from, when not from its image. */
 export type KernelSource = Choice<"kernel">;
 
+/** Marks images and kernels of one architecture. The mark is for the compiler only: at run time nothing has it. */
+export interface ArchitectureMark<A extends string> {
+  /** The architecture, for the compiler only: never there at run time. */
+  readonly arch?: A;
+}
+
+/**
+ * The mark of an image or a kernel whose option `arch` has the type `A`. There is none where the value is known at run
+ * time only, and none where the engine decides: the planner checks those.
+ */
+export type OfArchitecture<A extends string> = [A] extends ["amd64"] ? ArchitectureMark<"amd64">
+  : [A] extends ["i386"] ? ArchitectureMark<"i386">
+  : unknown;
+
 /** Which hypervisor runs a machine. */
 export type EngineChoice = Choice<"engine">;
 

@@ -4,8 +4,15 @@
  * @module
  */
 
-import { Choice, choice, type EngineChoice, type ImageSource, type KernelSource } from "./image.ts";
-import type { Disk } from "./disk.ts";
+import {
+  type ArchitectureMark,
+  Choice,
+  choice,
+  type EngineChoice,
+  type ImageSource,
+  type KernelSource,
+} from "./image.ts";
+import type { Disk, FormatMark } from "./disk.ts";
 import { type Nic, nicSchema } from "./network.ts";
 import { type Input, type Output, reference } from "./output.ts";
 import { type Probe, probeSchema } from "./probe.ts";
@@ -53,7 +60,10 @@ export interface VmProps<N extends Readonly<Record<string, Nic>> = Readonly<Reco
   readonly cpus?: Input<number>;
   /** Memory of the guest. */
   readonly memory: Input<Size>;
-  /** How far memory can grow without a reboot, at most four times `memory`; twice `memory` unless told. */
+  /**
+   * How far memory can grow without a reboot, at most four times `memory`; twice `memory` unless told. A domain of Xen takes
+   * all of it when it starts, and gives back what is beyond `memory` once its kernel runs.
+   */
   readonly maxMemory?: Input<Size>;
   /** Where root file system and kernel come from. */
   readonly image: ImageSource;
@@ -187,7 +197,7 @@ export function vm<
   const N extends Readonly<Record<string, Nic>> = Record<never, never>,
   const E extends EngineChoice = EngineChoice,
 >(
-  props: VmProps<N> & { readonly engine?: E } & (E extends EmulatedChoice ? EmulatedLimits : unknown),
+  props: VmProps<N> & { readonly engine?: E } & LimitsOf<E>,
   options?: LifecycleOptions,
 ): Vm<N> {
   const machine = new Resource(vmDefinition, props, options);
@@ -210,6 +220,11 @@ export function vm<
   });
   return Object.freeze(machine) as Vm<N>;
 }
+
+/** What a machine may be by the type of its engine; no limits where the engine is known at run time only. */
+export type LimitsOf<E extends EngineChoice> = [E] extends [EmulatedChoice] ? EmulatedLimits
+  : [E] extends [XenChoice] ? XenLimits
+  : unknown;
 
 /**
  * Chooses the first engine that can run the machine on this host.
@@ -285,6 +300,10 @@ export interface EmulatedOptions {
 export interface EmulatedLimits {
   /** An emulated machine has one vCPU. */
   readonly cpus?: 1 | Output<number>;
+  /** An emulated machine has a 32-bit processor. */
+  readonly image?: ImageSource & ArchitectureMark<"i386">;
+  /** An emulated machine has a 32-bit processor, which cannot run the host's kernel either. */
+  readonly kernel?: KernelSource & ArchitectureMark<"i386">;
 }
 
 /** The engine that {@linkcode emulated} chooses: its machines are 32-bit and have one vCPU. */
@@ -326,18 +345,24 @@ export function kvm(options: KvmOptions = {}): EngineChoice {
   return new Choice("engine", "kvm", kvmSchema, options);
 }
 
+/** Most vCPUs of a domain: so many interrupt controllers Xen makes for one (Xen 4.17 `HVM_MAX_VCPUS`). */
+export const XEN_MAX_CPUS = 128;
+
 /** Options of {@linkcode xen}. */
 export interface XenOptions {
   /** How the domain is made: `"pvh"`, without emulated devices, which is the only way that is there yet. */
   readonly type?: "pvh";
   /**
-   * vCPUs that it can have without a restart, at most 128: up to so many, `cpus` changes live, with the guest's help. As many
-   * as `cpus` at its start unless told.
+   * vCPUs that it can have without a restart, at most {@linkcode XEN_MAX_CPUS}: up to so many, `cpus` changes live, with
+   * the guest's help. As many as `cpus` at its start unless told.
    */
   readonly maxCpus?: number;
   /** Share of the processors that it gets when they are contended, relative to that of other domains, from 1 to 65535: 256 unless told. */
   readonly weight?: number;
-  /** Most processor time that it gets, in percent of one processor, even if others are idle: 0 is no limit, which is the default. */
+  /**
+   * Most processor time that it gets, in percent of one processor, even if others are idle, at most 100 for each vCPU: 0 is
+   * no limit, which is the default.
+   */
   readonly cap?: number;
   /**
    * Numbers of the host's processors that it runs on: `[2, 3]` for all of its vCPUs, or one list for each of them, as in
@@ -350,6 +375,28 @@ export interface XenOptions {
    */
   readonly crash?: "destroy" | "restart" | "preserve";
 }
+
+/** What a machine may be where its engine is {@linkcode xen}. The rest is checked when it is planned. */
+export interface XenLimits {
+  /** A domain boots 64-bit kernels only. */
+  readonly image?: ImageSource & ArchitectureMark<"amd64">;
+  /** A domain boots 64-bit kernels only. */
+  readonly kernel?: KernelSource & ArchitectureMark<"amd64">;
+  /** A domain has disks of the format `raw` only. */
+  readonly disks?: Readonly<Record<string, RawDisk>>;
+}
+
+/** What a disk, bare or with how the guest uses it, may be in {@linkcode XenLimits}. */
+export interface RawDisk extends FormatMark<"raw"> {
+  /** The disk of an attachment. */
+  readonly disk?: Disk & FormatMark<"raw">;
+}
+
+/** The engine that {@linkcode xen} chooses: its machines boot 64-bit kernels and have disks of the format `raw`. */
+export type XenChoice = EngineChoice & {
+  /** Tells it apart from other engines at edit time. */
+  readonly type: "xen";
+};
 
 const cpuNumbers = array(number({ min: 0, max: 4095, integer: true }));
 const cpuList = custom<readonly number[]>("a list of processors such as [2, 3]", (value, field, report) => {
@@ -370,7 +417,7 @@ const domainType = custom<"pvh">('"pvh"', (value, field, report) => {
 
 const xenShape = object({
   type: optional(domainType, "pvh"),
-  maxCpus: optional(number({ min: 1, max: 128, integer: true })),
+  maxCpus: optional(number({ min: 1, max: XEN_MAX_CPUS, integer: true })),
   weight: optional(number({ min: 1, max: 65535, integer: true }), 256),
   cap: optional(number({ min: 0, max: 65535, integer: true }), 0),
   pin: optional(
@@ -404,6 +451,6 @@ const xenSchema = custom<unknown>(xenShape.description, (value, field, report) =
  * const guest = vm({ memory: "512MiB", image: debian(), engine: xen({ weight: 512, cap: 150, pin: [2, 3] }), cpus: 2 });
  * ```
  */
-export function xen(options: XenOptions = {}): EngineChoice {
-  return new Choice("engine", "xen", xenSchema, options);
+export function xen(options: XenOptions = {}): XenChoice {
+  return new Choice("engine", "xen", xenSchema, options) as XenChoice;
 }

@@ -13,6 +13,7 @@ import {
   type ImageSource,
   type KernelSource,
   object,
+  type OfArchitecture,
   oneOf,
   optional,
   parseSize,
@@ -105,6 +106,7 @@ const imageSchema = object({
  * A Debian guest. Without packages it is minimal: it lives in memory, boots in seconds even under emulation, and has
  * busybox. With packages it is a full Debian with systemd on a root disk of its own.
  *
+ * @typeParam A The architecture, where it is known at edit time
  * @param options Suite, packages and kernel
  * @returns The image, for a machine's `image`
  *
@@ -116,18 +118,23 @@ const imageSchema = object({
  * const server = debian({ packages: ["nginx-light"] });
  * ```
  */
-export function debian(options: DebianOptions = {}): ImageSource {
-  return new Choice("image", "debian", imageSchema, options);
+export function debian<A extends GuestArchitecture = GuestArchitecture>(
+  options: DebianOptions & { readonly arch?: A } = {},
+): ImageSource & OfArchitecture<A> {
+  return new Choice("image", "debian", imageSchema, options) as ImageSource & OfArchitecture<A>;
 }
 
 /**
  * A Debian kernel, for a machine's `kernel`.
  *
+ * @typeParam A The architecture, where it is known at edit time
  * @param options Suite and flavour
  * @returns The kernel
  */
-export function debianKernel(options: DebianKernelOptions = {}): KernelSource {
-  return new Choice("kernel", "debian", object(kernelShape), options);
+export function debianKernel<A extends GuestArchitecture = GuestArchitecture>(
+  options: DebianKernelOptions & { readonly arch?: A } = {},
+): KernelSource & OfArchitecture<A> {
+  return new Choice("kernel", "debian", object(kernelShape), options) as KernelSource & OfArchitecture<A>;
 }
 
 /** Packages of every full guest. */

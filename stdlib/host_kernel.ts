@@ -5,7 +5,7 @@
  */
 
 import { join } from "node:path";
-import { Choice, type KernelSource, object, optional, string } from "../dsl/mod.ts";
+import { type ArchitectureMark, Choice, type KernelSource, object, optional, string } from "../dsl/mod.ts";
 import { MachineError } from "../vmm/errors.ts";
 import { exists } from "../vmm/files.ts";
 import type { BuiltKernel, KernelBuilder } from "../vmm/images/builder.ts";
@@ -35,7 +35,7 @@ export interface HostKernelOptions {
  * const twin = vm({ memory: "256MiB", image: debian(), kernel: hostKernel() });
  * ```
  */
-export function hostKernel(options: HostKernelOptions = {}): KernelSource {
+export function hostKernel(options: HostKernelOptions = {}): KernelSource & ArchitectureMark<"amd64"> {
   const absolute = string({ pattern: /^\//, description: "an absolute path" });
   const schema = object({
     release: optional(string({ pattern: /^[\w.+~-]+$/, description: "a kernel release" })),

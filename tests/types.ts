@@ -2,14 +2,22 @@
  * What the compiler refuses. `deno check` fails where one of these lines becomes valid.
  */
 
-import { debian } from "../stdlib/debian.ts";
+import { debian, debianKernel } from "../stdlib/debian.ts";
+import { hostKernel } from "../stdlib/host_kernel.ts";
 import {
+  type Disk,
   disk,
+  type DiskAttachment,
+  type DiskProps,
   emulated,
   type EngineChoice,
+  type ImageSource,
+  type Inputs,
+  type KernelSource,
   kvm,
   network,
   qemu,
+  secret,
   text,
   vm,
   type VmProps,
@@ -60,6 +68,57 @@ export function refused(): void {
   vm({ memory: "64MiB", image, engine: xen(), memroy: "64MiB" });
   // @ts-expect-error a misspelt field beside an engine
   vm({ memory: "64MiB", image, engine: emulated(), memroy: "64MiB" });
+  // @ts-expect-error a misspelt option
+  debian({ arch: "i386", sweet: "bookworm" });
+  // @ts-expect-error a misspelt field
+  disk({ size: "1GiB", fromat: "qcow2" });
+  const qcow2 = disk({ size: "1GiB", format: "qcow2" });
+  vm({
+    memory: "64MiB",
+    // @ts-expect-error a 64-bit image on a 32-bit processor
+    image: debian({ packages: ["nginx-light"], arch: "amd64" }),
+    // @ts-expect-error a 64-bit kernel on a 32-bit processor
+    kernel: debianKernel({ arch: "amd64" }),
+    engine: emulated(),
+  });
+  vm({
+    memory: "64MiB",
+    image,
+    // @ts-expect-error the host's kernel on a 32-bit processor
+    kernel: hostKernel(),
+    nics: { eth0: lan.nic() },
+    engine: emulated(),
+  });
+  vm({
+    memory: "64MiB",
+    // @ts-expect-error a domain boots no 32-bit kernel
+    image: debian({ arch: "i386" }),
+    // @ts-expect-error a domain boots no 32-bit kernel
+    kernel: debianKernel({ arch: "i386", flavour: "generic" }),
+    engine: xen(),
+  });
+  vm({
+    memory: "64MiB",
+    image,
+    engine: xen(),
+    disks: {
+      raw: disk({ size: "1GiB", format: "raw" }),
+      // @ts-expect-error a format that a domain cannot have
+      bare: qcow2,
+      mounted: {
+        // @ts-expect-error a format that a domain cannot have
+        disk: qcow2,
+        mount: "/srv",
+      },
+    },
+  });
+  vm({
+    memory: "64MiB",
+    image,
+    engine: xen(),
+    // @ts-expect-error a misspelt field of an attachment beside an engine
+    disks: { data: { disk: disk({ size: "1GiB" }), monut: "/srv" } },
+  });
   // These are fine.
   vm({ memory: "64MiB", image, engine: emulated(), cpus: 1 });
   vm({ memory: "64MiB", image, engine: emulated({ sandbox: false }) });
@@ -90,4 +149,62 @@ export function refused(): void {
     env: { A: text`${good.nics.eth0.ip}:${good.nics.eth0.forwards.web}` },
     engine: qemu(),
   });
+  vm({
+    memory: "64MiB",
+    image: debian({ arch: "i386" }),
+    kernel: debianKernel({ arch: "i386" }),
+    disks: { qcow2 },
+    engine: emulated(),
+  });
+  vm({
+    memory: "64MiB",
+    image: debian({ arch: "amd64" }),
+    kernel: hostKernel(),
+    disks: {
+      data: { disk: disk({ size: "1GiB", filesystem: "ext4" }), mount: text`/srv`, readOnly: secret(true) },
+    },
+    engine: xen(),
+  });
+  vm({ memory: "64MiB", image: debian({ arch: "i386" }), engine: kvm(), disks: { qcow2 } });
+  vm({ memory: "64MiB", image: debian({ arch: "amd64" }), disks: { data: { disk: qcow2 } } });
+}
+
+/** Never run either: what is known at run time only is left to the planner. */
+export function unknown(
+  isLarge: boolean,
+  image: ImageSource,
+  kernel: KernelSource,
+  disks: Readonly<Record<string, Disk | DiskAttachment>>,
+  engine: EngineChoice,
+  props: VmProps,
+  diskProps: Inputs<DiskProps>,
+): void {
+  vm({ memory: "64MiB", image, kernel, disks, engine: emulated() });
+  vm({ memory: "64MiB", image, kernel, disks, engine: xen() });
+  const withEngine = { memory: "64MiB", image, kernel, disks, engine: xen() } as const;
+  vm(withEngine);
+  vm({ ...props, engine: xen() });
+  const arch = isLarge ? "amd64" : "i386";
+  vm({ memory: "64MiB", image: debian({ arch }), kernel: debianKernel({ arch }), engine: emulated() });
+  vm({
+    memory: "64MiB",
+    image: debian({ arch }),
+    kernel: debianKernel({ arch }),
+    disks: {
+      a: disk({ size: "1GiB", format: isLarge ? "qcow2" : "raw" }),
+      b: disk({ size: "1GiB", format: secret("qcow2") }),
+      c: { disk: disk(diskProps) },
+    },
+    engine: xen(),
+  });
+  // Engines of different limits, too.
+  const machine = {
+    memory: "64MiB",
+    cpus: 2,
+    image: debian({ arch: "amd64" }),
+    disks: { data: disk({ size: "1GiB", format: "qcow2" }) },
+  } as const;
+  vm({ ...machine, engine });
+  vm({ ...machine, engine: isLarge ? kvm() : emulated() });
+  vm({ ...machine, engine: isLarge ? xen() : emulated() });
 }
