@@ -16,6 +16,8 @@ const TOOLS: readonly (readonly [program: string, purpose: string, name: string]
   ["dpkg-deb", "debian() images", "dpkg"],
   ["mmdebstrap", "debian() images with packages", "mmdebstrap"],
   ["mke2fs", "file systems on disks and images", "e2fsprogs"],
+  ["nft", "networks with NAT of kvm() and xen()", "nftables"],
+  ["passt", "faster NAT of emulated()", "passt"],
 ];
 
 /**
@@ -79,9 +81,9 @@ export async function doctor(isJson: boolean, context: RunContext, style: Style)
   io.out("Folders:\n");
   io.out(`  machines and disks  ${paths.data}\n  images and packages ${paths.cache}\n`);
   io.out(
-    `Memory: ${formatSize(memory.total - memory.total % 2 ** 20)}, ${
-      formatSize(memory.available - memory.available % 2 ** 20)
-    } available.\n`,
+    `Memory${chosen === "xen" ? " of this control domain" : ""}: ${
+      formatSize(memory.total - memory.total % 2 ** 20)
+    }, ${formatSize(memory.available - memory.available % 2 ** 20)} available.\n`,
   );
   return chosen ? 0 : 1;
 }

@@ -52,8 +52,8 @@ async function findMachine(
     throw new MachineError(
       record
         ? `Cannot use "${address}" as it is a ${record.kind} and not a machine`
-        : `Cannot find the machine "${address}" on record: machines are ${
-          known.join(", ") || "none, run apply first"
+        : `Cannot find the machine "${address}" on record: ${
+          known.length === 0 ? "there are none, run apply first" : `machines are ${known.join(", ")}`
         }`,
     );
   }

@@ -248,8 +248,14 @@ class Session {
       );
     }
     const timeout = this.#flag("lock-timeout");
+    let milliseconds: number | undefined;
+    try {
+      milliseconds = timeout === undefined ? undefined : parseDuration(timeout);
+    } catch (error) {
+      throw new UsageError(`Flag "--lock-timeout": ${error instanceof Error ? error.message : error}`);
+    }
     return await state.lock(operation, {
-      ...(timeout === undefined ? {} : { timeout: parseDuration(timeout) }),
+      ...(milliseconds === undefined ? {} : { timeout: milliseconds }),
       signal: this.#context.signal,
     });
   }
@@ -293,11 +299,18 @@ class Session {
     });
   }
 
+  /** Refuses what this host cannot do before anybody is asked, or told to come back for it. */
+  async #preflight(plan: Plan, graph: Graph, state: State, kinds: Kinds): Promise<void> {
+    await preflight(plan, { graph, state, kinds, signal: this.#context.signal });
+  }
+
   async #plan(): Promise<number> {
     const graph = this.#evaluate();
     using state = await this.#openState(false);
     using _lock = await this.#lock(state, "plan");
-    const plan = await this.#makePlan(graph, state, await this.#kinds(graph));
+    const kinds = await this.#kinds(graph);
+    const plan = await this.#makePlan(graph, state, kinds);
+    await this.#preflight(plan, graph, state, kinds);
     const out = this.#flag("out");
     if (out !== undefined) writePlanFile(out, plan, state.secrets);
     if (this.#invocation.flags.json) new JsonUi(this.#io.out).plan(plan);
@@ -351,19 +364,19 @@ class Session {
           ? openPlan(saved, graph, state.secrets)
           : await this.#makePlan(graph, state, kinds);
         lineage = plan.lineage;
+        await this.#preflight(plan, graph, state, kinds);
         if (!(await this.#approve(plan, saved !== undefined, isDestroy, ui))) return 1;
         if (!hasChanges(plan)) return 0;
-        await preflight(plan, { graph, kinds, signal: this.#context.signal });
         approved = planDigest(plan);
       }
     }
     using state = await this.#openState(true, lineage);
     using _lock = await this.#lock(state, isDestroy ? "destroy" : "apply");
     const plan = saved ? openPlan(saved, graph, state.secrets) : await this.#makePlan(graph, state, kinds);
-    if (approved !== planDigest(plan) && !(await this.#approve(plan, saved !== undefined, isDestroy, ui))) {
-      return 1;
+    if (approved !== planDigest(plan)) {
+      await this.#preflight(plan, graph, state, kinds);
+      if (!(await this.#approve(plan, saved !== undefined, isDestroy, ui))) return 1;
     }
-    await preflight(plan, { graph, kinds, signal: this.#context.signal });
     const start = performance.now();
     using progress = ui
       ? { handle: (event: Parameters<JsonUi["handle"]>[0]) => ui.handle(event), [Symbol.dispose]() {} }

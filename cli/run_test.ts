@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import { check, secret, type Stack, stack } from "../dsl/mod.ts";
-import { memoryKind, type MemoryWorld } from "../planner/mod.ts";
+import { type AnyKind, memoryKind, type MemoryWorld } from "../planner/mod.ts";
 import type { Io } from "./io.ts";
+import { PlannerError } from "../planner/errors.ts";
 import { parseInvocation, UsageError } from "./options.ts";
 import { run } from "./run.ts";
 
@@ -17,7 +18,12 @@ class Bench implements AsyncDisposable {
   readonly thing = memoryKind(this.world);
   readonly folder = Deno.makeTempDirSync();
 
-  async run(declared: Stack | undefined, args: readonly string[], answer?: string): Promise<Ended> {
+  async run(
+    declared: Stack | undefined,
+    args: readonly string[],
+    answer?: string,
+    kind: AnyKind = this.thing.kind,
+  ): Promise<Ended> {
     let out = "";
     let err = "";
     const io: Io = {
@@ -34,7 +40,7 @@ class Bench implements AsyncDisposable {
       folder: this.folder,
       io,
       signal: new AbortController().signal,
-      options: { kinds: [this.thing.kind] },
+      options: { kinds: [kind] },
     });
     return { code, out, err };
   }
@@ -92,6 +98,38 @@ Deno.test("run() asks before it changes anything, and takes only yes", async () 
   assert.match(nobody.err, /standard input is not a terminal: add --auto-approve/);
   assert.equal((await bench.run(declared, ["apply"], "yes")).code, 0);
   assert.equal(bench.world.size, 1);
+});
+
+Deno.test("run() refuses what this host cannot do when it plans, before anybody is asked", async () => {
+  await using bench = new Bench();
+  const declare = (value: string) =>
+    stack("t", () => {
+      const base = bench.thing({ value: "base" });
+      return { base, a: bench.thing({ value, base: base.id }) };
+    });
+  const told: string[] = [];
+  const kind: AnyKind = {
+    ...bench.thing.kind,
+    preflight: (instances) => {
+      for (const { address, props, references, recorded } of instances) {
+        const known = [...references].map(([target, { value }]) => `${target} ${value}`);
+        told.push(`${address} ${props.value} (${known}) ${recorded?.upper}`);
+      }
+      return Promise.reject(new PlannerError("this host has none of it"));
+    },
+  };
+  const file = `${bench.folder}/plan.json`;
+  for (const args of [["plan", `--out=${file}`], ["apply"]]) {
+    const { code, out, err } = await bench.run(declare("x"), args, undefined, kind);
+    assert.deepEqual([code, out, err], [1, "", "Error: this host has none of it\n"]);
+  }
+  assert.deepEqual([...Deno.readDirSync(bench.folder)], []);
+  await bench.run(declare("x"), ["apply", "--yes"]);
+  told.length = 0;
+  assert.equal((await bench.run(declare("x"), ["plan"], undefined, kind)).code, 0);
+  assert.equal((await bench.run(declare("y"), ["plan"], undefined, kind)).code, 1);
+  assert.deepEqual(told, ["a y (base base) X"]);
+  assert.equal((await bench.run(declare("y"), ["destroy", "--yes"], undefined, kind)).code, 0);
 });
 
 Deno.test("run() moves and forgets records", async () => {

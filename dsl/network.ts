@@ -27,8 +27,6 @@ import type { Cidr, Ipv4 } from "./units.ts";
 export interface NetworkProps {
   /** Addresses of the network. The first host address is the gateway, the next one the name server. */
   readonly cidr: Cidr;
-  /** Whether guests may also ask for their address by DHCP. */
-  readonly dhcp?: boolean;
   /** Whether guests reach the outside through the host. */
   readonly nat?: boolean;
 }
@@ -99,7 +97,6 @@ export const networkDefinition: KindDefinition<NetworkProps> = {
   name: "network",
   schema: object({
     cidr: cidr(),
-    dhcp: optional(boolean(), true),
     nat: optional(boolean(), true),
   }),
 };

@@ -8,7 +8,7 @@ import { randomUUID } from "node:crypto";
 import { type Graph, isUnknown, parseDuration, type ResourceReference } from "../dsl/mod.ts";
 import { resolveChecked } from "./diff.ts";
 import { ApplyError, asError, PlannerError } from "./errors.ts";
-import type { Dependency, Json, Request } from "./kind.ts";
+import type { Dependency, Draft, Json, Request } from "./kind.ts";
 import { knownKinds, renameIn } from "./make_plan.ts";
 import { type Kinds, requireKind } from "./observe.ts";
 import type { Change, Operation, Plan } from "./plan.ts";
@@ -136,19 +136,33 @@ export async function apply(plan: Plan, options: ApplyOptions): Promise<ApplyRes
  * Lets each kind make sure that this host can carry a plan out. Nothing is changed.
  *
  * @param plan The plan
- * @param options The known kinds, and a signal
+ * @param options Graph, state and kinds that the plan was made with, and a signal
  */
 export async function preflight(
   plan: Plan,
-  options: { readonly graph: Graph; readonly kinds: Kinds; readonly signal?: AbortSignal },
+  options: Pick<ApplyOptions, "graph" | "state" | "kinds" | "signal">,
 ): Promise<void> {
-  const kinds = knownKinds(options.graph, options.kinds);
-  const groups = new Map<string, { address: string; props: Json }[]>();
+  const { graph, state } = options;
+  const kinds = knownKinds(graph, options.kinds);
+  const current = plan.changes.filter(({ deposed }) => deposed === "");
+  const props = new Map(current.map(({ address, after }) => [address, reveal(after ?? {}) as Json]));
+  const recorded = new Map(
+    state.records().filter(({ deposed }) => deposed === "").map(({ address, outputs }) => [address, outputs]),
+  );
+  const groups = new Map<string, Omit<Draft<Json, Json>, "report">[]>();
   for (const { type, change } of plan.operations) {
-    const { kind, address, after } = plan.changes[change]!;
+    const { kind, address, after, movedFrom } = plan.changes[change]!;
     if ((type !== "create" && type !== "update") || !after) continue;
+    const dependencies = graph.byAddress.get(address)?.dependencies ?? [];
     const group = groups.get(kind);
-    const instance = { address, props: reveal(after) as Json };
+    const instance = {
+      address,
+      stack: plan.stack,
+      props: props.get(address)!,
+      // What is made anew has nothing of the one before.
+      recorded: type === "update" ? recorded.get(movedFrom ?? address) : undefined,
+      references: new Map(dependencies.map((target) => [target, props.get(target) ?? {}])),
+    };
     if (group) group.push(instance);
     else groups.set(kind, [instance]);
   }

@@ -158,7 +158,7 @@ export interface Kind<Props = Json, Outputs = Json> extends KindDefinition<Props
    * @param signal Aborted by Ctrl-C
    */
   preflight?(
-    instances: readonly { readonly address: string; readonly props: Props }[],
+    instances: readonly Omit<Draft<Props, Outputs>, "report">[],
     signal: AbortSignal,
   ): Promise<void>;
   /**

@@ -294,7 +294,7 @@ function checkAddresses(options: PlanOptions, records: ReadonlyMap<string, Resou
       if (known.some((each) => isWithin(each, address))) continue;
       throw new PlannerError(
         `Cannot use --${flag}=${address} as stack "${options.graph.stack}" has no such resource: ` +
-          `list its addresses with: state list`,
+          `it has ${known.sort().join(", ") || "none"}`,
       );
     }
   }

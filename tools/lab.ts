@@ -174,7 +174,7 @@ export class Lab implements AsyncDisposable {
       using state = await State.open(join(folder, "lab.db"), { stack: graph.stack, create: true });
       using _lock = await state.lock("apply", { signal });
       const plan = await makePlan({ graph, state, kinds, signal });
-      await preflight(plan, { graph, kinds, signal });
+      await preflight(plan, { graph, state, kinds, signal });
       await apply(plan, {
         graph,
         state,

@@ -217,12 +217,16 @@ export interface MachineNeeds {
   readonly cpus: number;
   /** Whether it has NICs. */
   readonly hasNics: boolean;
+  /** Whether one of them leads outside, by translating its addresses. */
+  readonly hasNat: boolean;
   /** Whether firmware boots its disk, since it has no kernel of its own. */
   readonly hasFirmware: boolean;
   /** Most memory that it can have, in bytes. */
   readonly memory: number;
   /** Whether it takes a 64-bit processor, whatever the engine could do with. */
   readonly is64Bit: boolean;
+  /** Whether one of its disks is of the format qcow2. */
+  readonly hasQcow2: boolean;
 }
 
 /** A hypervisor back end. */

@@ -84,7 +84,15 @@ Deno.test("a cold machine has no saved state, nor has one without our agent", ()
 
 Deno.test("the engine says what it cannot run", async () => {
   const engine = new EmulatedEngine(PATHS);
-  const needs = { cpus: 1, hasNics: true, hasFirmware: false, memory: 2 ** 31 - 2 ** 20, is64Bit: false };
+  const needs = {
+    cpus: 1,
+    hasNics: true,
+    hasNat: true,
+    hasFirmware: false,
+    memory: 2 ** 31 - 2 ** 20,
+    is64Bit: false,
+    hasQcow2: false,
+  };
   const isHere = Deno.build.os !== "windows";
   assert.equal((await engine.probe()).isUsable, isHere);
   assert.equal((await engine.probe({ needs })).isUsable, isHere);

@@ -17,8 +17,7 @@ export function networkKind(): Kind<NetworkProps, Record<never, never>> {
   return {
     ...networkDefinition,
     replace: "create-first",
-    disruption: ({ field }) =>
-      field === "dhcp" ? { class: "none" } : { class: "recreate", mechanism: "new network" },
+    disruption: () => ({ class: "recreate", mechanism: "new network" }),
     observe: (instances) =>
       Promise.resolve(new Map(instances.filter((each) => each.outputs).map((each) => [each.address, {}]))),
     ensure: () => Promise.resolve({}),

@@ -23,6 +23,7 @@ import {
   type ResourceReference,
   type Size,
   vmDefinition,
+  XEN_MAX_CPUS,
   type XenOptions,
 } from "../../dsl/mod.ts";
 import {
@@ -146,8 +147,6 @@ const SECTOR = 512;
 const MAX_DEVICES = 20;
 /** Emulated machines have less memory than this, in bytes. */
 const EMULATED_MEMORY = 2 ** 31;
-/** Most vCPUs of a domain (Xen 4.17 `HVM_MAX_VCPUS`). */
-const XEN_CPUS = 128;
 /** What only the control domain of a Xen host has. */
 const XEN_DEVICE = "/dev/xen/privcmd";
 
@@ -305,10 +304,16 @@ function prepare(
     }
     const builder = builders.get(props.image?.type);
     if (builder?.isForeign) {
-      for (const field of ["files", "env", "command", "hostname"] as const) {
-        if (props[field] !== undefined) {
-          report(field, `An image of type "${props.image.type}" has no agent of ours to carry this out`);
-        }
+      const fields: string[] = (["files", "env", "command", "hostname"] as const).filter((field) =>
+        props[field] !== undefined
+      );
+      for (const [name, { mount }] of Object.entries(props.disks ?? {})) {
+        if (mount !== undefined) fields.push(`${joinField("disks", name)}.mount`);
+      }
+      const probes = (Array.isArray(props.ready) ? props.ready : [props.ready]) as (Probe | undefined)[];
+      if (probes.some((probe) => probe?.type === "exec")) fields.push("ready");
+      for (const field of fields) {
+        report(field, `An image of type "${props.image.type}" has no agent of ours to carry this out`);
       }
     }
     if (memory !== undefined && maxMemory !== undefined && maxMemory < memory) {
@@ -482,13 +487,14 @@ function checkXen(
     report(field, `Engine "xen" gives a machine ${given}: ${advice}, or choose another engine`, value);
   const { cpus, image, kernel, engine } = props;
   if (typeof cpus === "number") {
-    if (cpus > XEN_CPUS) refuse("cpus", `at most ${XEN_CPUS} vCPUs`, "ask for less", cpus);
+    if (cpus > XEN_MAX_CPUS) refuse("cpus", `at most ${XEN_MAX_CPUS} vCPUs`, "ask for less", cpus);
     const { cap, pin, maxCpus } = engine as XenOptions;
     if (maxCpus !== undefined && maxCpus < cpus) {
       report("engine.maxCpus", `It must be at least the number of vCPUs, which is ${cpus}`, maxCpus);
     }
-    if (cap !== undefined && cap > cpus * 100) {
-      report("engine.cap", `A cap must be at most 100 for each vCPU, which is ${cpus * 100}`, cap);
+    const most = Math.max(cpus, maxCpus ?? 0) * 100;
+    if (cap !== undefined && cap > most) {
+      report("engine.cap", `A cap must be at most 100 for each vCPU, which is ${most}`, cap);
     }
     if (Array.isArray(pin?.[0]) && pin.length !== cpus) {
       report("engine.pin", `There must be one list of processors for each vCPU, which is ${cpus}`, pin);
@@ -601,16 +607,19 @@ class Driver {
 
   /** Refuses before anything is changed what no engine of this host can run. */
   async preflight(
-    instances: readonly { readonly address: string; readonly props: VmNormalProps }[],
+    instances: readonly Omit<Draft<VmNormalProps, VmOutputs>, "report">[],
     signal: AbortSignal,
   ): Promise<void> {
     const seen = new Set<string>();
-    for (const { address, props } of instances) {
-      const key = JSON.stringify([props.engine, this.#needs(props)]);
-      if (props.power === "stopped" || isUnknown(props.engine) || seen.has(key)) continue;
+    for (const { address, props, references, recorded } of instances) {
+      if (props.power === "stopped" || isUnknown(props.engine)) continue;
+      const needs = this.#needs(props, references);
+      const current = this.#current(props.engine, recorded?.engine);
+      const key = JSON.stringify([props.engine, needs, current?.name]);
+      if (seen.has(key)) continue;
       seen.add(key);
       try {
-        await this.#chooseEngine(props, { signal });
+        await this.#chooseEngine(props, needs, { signal }, current);
       } catch (error) {
         if (!(error instanceof MachineError)) throw error;
         throw new MachineError(`Cannot run "${address}" as ${error.message}`, { cause: error });
@@ -731,7 +740,7 @@ class Driver {
     for (const engine of this.#options.engines) {
       const machine = engine.attach(request.id);
       const { state } = await machine.status();
-      if (state === "running" || state === "paused") {
+      if (state !== "absent" && state !== "stopped") {
         await machine.shutdown(parseDuration(request.props.shutdownTimeout), request);
       }
       await machine.destroy();
@@ -740,30 +749,48 @@ class Driver {
   }
 
   /** A machine stays with its engine. */
-  async #engine(choice: Chosen, request: Request<VmNormalProps, VmOutputs>): Promise<Engine> {
-    const current = this.#options.engines.find((each) => each.name === request.outputs?.engine);
-    if (current && (choice.type === "auto" || choice.type === current.name)) return current;
-    return await this.#chooseEngine(request.props, request);
+  #current(choice: Chosen, name: string | undefined): Engine | undefined {
+    return this.#options.engines.find((each) =>
+      each.name === name && (choice.type === "auto" || choice.type === name)
+    );
   }
 
-  #needs(props: VmNormalProps): MachineNeeds {
+  async #engine(choice: Chosen, request: Request<VmNormalProps, VmOutputs>): Promise<Engine> {
+    const current = this.#current(choice, request.outputs?.engine);
+    if (current) return current;
+    const references = new Map([...request.dependencies].map(([address, { props }]) => [address, props]));
+    return await this.#chooseEngine(request.props, this.#needs(request.props, references), request);
+  }
+
+  /** Tells what a machine asks of its engine; what is not known yet is left out. */
+  #needs(props: VmNormalProps, references: Draft["references"]): MachineNeeds {
+    const of = <Props>(reference: ResourceReference) =>
+      (isUnknown(reference) ? undefined : references.get(reference.$resource)) as Partial<Props> | undefined;
+    const nics = Object.values(props.nics ?? {});
     const builder = this.#options.images.find((each) => each.type === props.image.type);
     return {
       cpus: props.cpus,
-      hasNics: Object.keys(props.nics ?? {}).length > 0,
+      hasNics: nics.length > 0,
+      hasNat: nics.some(({ network }) => of<NetworkProps>(network)?.nat ?? true),
       hasFirmware: !props.kernel && (builder?.needsFirmware?.(props.image) ?? false),
       memory: parseSize(props.maxMemory),
       is64Bit: props.image.arch === "amd64" || props.kernel?.arch === "amd64" ||
         props.kernel?.type === "host",
+      hasQcow2: props.image.disk !== undefined && props.image.format === "qcow2" ||
+        Object.values(props.disks ?? {}).some(({ disk }) => of<DiskProps>(disk)?.format === "qcow2"),
     };
   }
 
-  async #chooseEngine(props: VmNormalProps, options: OperationOptions): Promise<Engine> {
+  async #chooseEngine(
+    props: VmNormalProps,
+    needs: MachineNeeds,
+    options: OperationOptions,
+    current?: Engine,
+  ): Promise<Engine> {
     const choice = props.engine;
-    const needs = this.#needs(props);
-    const candidates = this.#options.engines.filter((each) =>
-      choice.type === "auto" || each.name === choice.type
-    );
+    const candidates = current
+      ? [current]
+      : this.#options.engines.filter((each) => choice.type === "auto" || each.name === choice.type);
     if (candidates.length === 0) {
       const known = this.#options.engines.map((each) => each.name).join(", ");
       throw new MachineError(`its engine "${choice.type}" is not there: known are ${known}`);

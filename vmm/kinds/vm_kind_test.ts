@@ -1,6 +1,6 @@
 import assert from "node:assert/strict";
 import type { Draft } from "../../planner/mod.ts";
-import type { Engine, MachineSpec } from "../engine.ts";
+import type { Engine, MachineNeeds, MachineSpec } from "../engine.ts";
 import type { ImageBuilder } from "../images/builder.ts";
 import { vmKind, type VmKindOptions, type VmNormalProps, type VmOutputs } from "./vm_kind.ts";
 
@@ -164,6 +164,80 @@ Deno.test("what the scheduler of Xen is told is changed live, and another kind o
   const cpus = (after: number) =>
     kind.disruption!({ field: "cpus", before: 1, after }, roomy, roomy.props).class;
   assert.deepEqual([2, 3].map(cpus), ["live", "reboot"]);
+});
+
+Deno.test("a host is asked before anything is changed, with all that is known, and of the engine on record alone", async () => {
+  const asked: string[] = [];
+  const engine = (name: "xen" | "qemu", refusal: (needs: MachineNeeds) => string | undefined) => ({
+    name,
+    probe: ({ needs }: { needs: MachineNeeds }) => {
+      const detail = refusal(needs);
+      asked.push(`${name}: ${detail ?? "yes"}`);
+      return Promise.resolve({ engine: name, isUsable: detail === undefined, detail, findings: [] });
+    },
+  } as unknown as Engine);
+  const { preflight } = vmKind({
+    paths: { data: "/data", cache: "/cache" },
+    engines: [
+      engine("xen", (needs) => needs.hasQcow2 ? "no qcow2" : needs.hasNat ? "no NAT" : undefined),
+      engine("qemu", ({ cpus }) => cpus > 1 ? "one vCPU" : undefined),
+    ],
+    images: [appliance],
+    kernels: [],
+  });
+  const [disk, network] = ["d", "n"].map((address) => ({ $resource: address, kind: "any", generation: 0 }));
+  const run = async (recorded: string | undefined, references: Record<string, object>, cpus = 1) => {
+    asked.length = 0;
+    const props = {
+      ...{ cpus, memory: "64MiB", maxMemory: "64MiB", image: { type: "debian" }, engine: { type: "auto" } },
+      ...{ disks: { data: { disk } }, nics: { eth0: { network } } },
+    } as unknown as VmNormalProps;
+    const instance = {
+      ...{ address: "a", stack: "s", props },
+      recorded: recorded === undefined ? undefined : { engine: recorded } as VmOutputs,
+      references: new Map(Object.entries(references)) as unknown as Draft["references"],
+    };
+    const error = await preflight!([instance, instance], new AbortController().signal).catch((error) =>
+      error
+    );
+    return [...asked, error?.message].filter((each) => each !== undefined);
+  };
+  const plain = { d: { format: "raw" }, n: { nat: false } };
+  assert.deepEqual(await run(undefined, plain), ["xen: yes"]);
+  assert.deepEqual(await run(undefined, { ...plain, d: { format: "qcow2" } }), [
+    "xen: no qcow2",
+    "qemu: yes",
+  ]);
+  assert.deepEqual(await run(undefined, { ...plain, n: { nat: true } }), ["xen: no NAT", "qemu: yes"]);
+  assert.deepEqual(await run("qemu", plain, 2), [
+    "qemu: one vCPU",
+    'Cannot run "a" as no engine can run it here: qemu: one vCPU',
+  ]);
+  assert.deepEqual(await run("xen", plain, 2), ["xen: yes"]);
+});
+
+Deno.test("what takes an agent of ours is refused for images that have none", async () => {
+  const foreign = vmKind({
+    paths: { data: "/data", cache: "/cache" },
+    engines: [],
+    images: [{ ...appliance, isForeign: true }],
+    kernels: [],
+  });
+  const problems: string[] = [];
+  const disk = { $resource: "d", kind: "disk", generation: 0 };
+  await foreign.prepare!([{
+    ...{ address: "a", stack: "s", recorded: undefined, references: new Map() },
+    props: {
+      ...{ cpus: 1, memory: "64MiB", image: { type: "image" }, engine: { type: "qemu" }, command: "true" },
+      ...{
+        disks: { data: { disk, mount: "/data", readOnly: false } },
+        ready: { type: "exec", command: ["true"] },
+      },
+    } as unknown as VmNormalProps,
+    report: (field, reason) => void problems.push(`${field}: ${reason}`),
+  }]);
+  const reason = 'An image of type "image" has no agent of ours to carry this out';
+  assert.deepEqual(problems, ["command", "disks.data.mount", "ready"].map((field) => `${field}: ${reason}`));
 });
 
 /** An engine of some name that can run everything, and puts specs on record instead. */
