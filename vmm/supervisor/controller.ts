@@ -8,6 +8,7 @@ import { dirname } from "node:path";
 import { BalloonDevice } from "../devices/balloon.ts";
 import { BlockDevice } from "../devices/block.ts";
 import type { BlockFile } from "../devices/block_file.ts";
+import { ConsoleLog } from "../devices/console_log.ts";
 import { ConsoleDevice, type ConsolePortOptions } from "../devices/console.ts";
 import type { GuestMemory } from "../devices/guest_memory.ts";
 import { RateLimiter } from "../devices/rate_limiter.ts";
@@ -534,10 +535,8 @@ export class MachineController<Vmm extends MachineVmm = MachineVmm> implements C
   ): (bytes: Uint8Array<ArrayBuffer>) => void {
     const path = configuration.hypertopia.console?.log ?? configuration.serial?.outPath;
     if (path === undefined) return (bytes) => void Deno.stdout.writeSync(bytes);
-    const file = resources.use(Deno.openSync(path, { append: true, create: true, mode: 0o600 }));
-    return (bytes) => {
-      for (let at = 0; at < bytes.length;) at += file.writeSync(bytes.subarray(at));
-    };
+    const log = resources.use(new ConsoleLog(path, (message) => this.#options.log.warn(message)));
+    return (bytes) => log.write(bytes);
   }
 
   #ended(reason: EndReason): void {

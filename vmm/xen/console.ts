@@ -9,6 +9,7 @@
 
 import { Fd } from "../../ffi/mod.ts";
 import { CONSOLE_INPUT_SIZE, CONSOLE_OUTPUT_SIZE, type ConsoleRing } from "../../ffi/xen/console_ring.ts";
+import { ConsoleLog } from "../devices/console_log.ts";
 import type { StreamListener, StreamSocket, StreamSockets } from "../devices/stream_sockets.ts";
 import type { EventLoop } from "../event_loop.ts";
 import type { GuestEndpoints } from "../guest/channel.ts";
@@ -33,8 +34,6 @@ export function channelConsoles(channel: number): { readonly data: number; reado
  * before may be half.
  */
 const LEAVE = new TextEncoder().encode("\nleave\n");
-/** How long until a log is tried again that could not be written, in milliseconds. */
-const LOG_RETRY_TIME = 1000;
 
 /** The event channels of a process, as far as consoles need them. */
 export interface EventChannels {
@@ -96,7 +95,7 @@ interface Console {
   readonly listener: StreamListener;
   /** The channel that it is one half of. Its output waits for the client then, who else loses what it is too slow for. */
   readonly channel?: Channel;
-  readonly log?: Deno.FsFile;
+  readonly log?: ConsoleLog;
   connection: ConsoleConnection | undefined;
   client: StreamSocket | undefined;
   /** The visit that the client is of. */
@@ -198,10 +197,8 @@ export class DomainConsoles implements Disposable {
   }
 
   async #open(): Promise<void> {
-    const { console, channels } = this.#options;
-    const log = this.#resources.use(
-      Deno.openSync(console.log, { append: true, create: true, mode: 0o600 }),
-    );
+    const { console, channels, warn } = this.#options;
+    const log = this.#resources.use(new ConsoleLog(console.log, warn));
     await this.#listen(console.socket, { log });
     if (!channels) return;
     await this.#listen(channels.control, {});
@@ -315,8 +312,8 @@ export class DomainConsoles implements Disposable {
 
   /** Takes what is in the ring: when the guest writes more, it sends another event. */
   #takeOutput(console: Console, ring: ConsoleRing): number {
-    let bytes = this.#buffer.subarray(0, ring.peek(this.#buffer));
-    if (console.log) bytes = bytes.subarray(0, this.#log(console, console.log, bytes));
+    const bytes = this.#buffer.subarray(0, ring.peek(this.#buffer));
+    console.log?.write(bytes);
     let taken = bytes.length;
     if (taken > 0 && console.client && !console.hasLeft) {
       const sent = console.client.send(bytes);
@@ -327,28 +324,13 @@ export class DomainConsoles implements Disposable {
     return taken;
   }
 
-  /** Writes to the log; the guest has to wait for as long as that fails. */
-  #log(console: Console, file: Deno.FsFile, bytes: Uint8Array): number {
-    let written = 0;
-    try {
-      while (written < bytes.length) written += file.writeSync(bytes.subarray(written));
-    } catch (error) {
-      const reason = error instanceof Error ? error.message : String(error);
-      this.#options.warn(
-        `Cannot write the console's log "${this.#options.console.log}" as ${reason}: make room for it`,
-      );
-      this.#serveLater(console, LOG_RETRY_TIME);
-    }
-    return written;
-  }
-
   /** Gives the guest what there is room for: when it has taken some, it sends an event. */
   #giveInput(console: Console, ring: ConsoleRing | undefined): number {
     const { client } = console;
     let given = 0;
     while (client && console.canReceive) {
       if (given >= CONSOLE_INPUT_SIZE) {
-        this.#serveLater(console, 0);
+        this.#serveLater(console);
         break;
       }
       const room = ring?.room ?? 0;
@@ -379,11 +361,11 @@ export class DomainConsoles implements Disposable {
     }
   }
 
-  #serveLater(console: Console, milliseconds: number): void {
+  #serveLater(console: Console): void {
     console.timer ??= setTimeout(() => {
       console.timer = undefined;
       this.#serve(console);
-    }, milliseconds);
+    }, 0);
   }
 }
 

@@ -270,37 +270,6 @@ for (
   });
 }
 
-Deno.test("DomainConsoles lets the guest wait while the log cannot be written", async () => {
-  using bench = await Bench.open();
-  const [kernel] = bench.guest as [Frontend];
-  using client = await bench.connect(KERNEL_CONSOLE);
-  const { writeSync } = Deno.FsFile.prototype;
-  let room = 3;
-  Deno.FsFile.prototype.writeSync = function (bytes) {
-    const length = Math.min(bytes.length, room);
-    if (length === 0) throw new Error("No space left on device");
-    room -= length;
-    return writeSync.call(this, bytes.subarray(0, length));
-  };
-  try {
-    kernel.write("all of it");
-    bench.settle();
-    assert.equal(kernel.pending, 6);
-    assert.deepEqual(bench.warnings, [
-      `Cannot write the console's log "${bench.log}" as No space left on device: make room for it`,
-    ]);
-    room = 100;
-    // It is tried again without any event.
-    while (kernel.pending > 0) await turn();
-  } finally {
-    Deno.FsFile.prototype.writeSync = writeSync;
-  }
-  assert.equal(Deno.readTextFileSync(bench.log), "all of it");
-  let text = "";
-  while (text.length < 9) text += await readText(client);
-  assert.equal(text, "all of it");
-});
-
 Deno.test("DomainConsoles carries every byte of a data channel, whoever is slow", async () => {
   using bench = await Bench.open();
   const frontend = bench.guest[DATA]!;
