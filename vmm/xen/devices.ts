@@ -177,6 +177,8 @@ export function domainEntries(domain: XenDomain): XenstoreEntry[] {
     { path: `/vm/${uuid}/uuid`, value: uuid },
     { path: `/vm/${uuid}/name`, value: domain.name },
     { path: `/vm/${uuid}/domid`, value: `${domid}` },
+    // By this one xl knows how to look at the domain.
+    { path: `/libxl/${domid}/type`, value: "pvh" },
     { path: root, value: "", permissions: readable },
     ...Object.entries({
       vm: `/vm/${uuid}`,
@@ -409,6 +411,7 @@ export async function removeDomainTree(xenstore: Xenstore, domid: number, uuid: 
     const [kinds, owner] = await Promise.all([view.list(backends), view.read(`/vm/${uuid}/domid`)]);
     await Promise.all([
       view.remove(domainPath(domid)),
+      view.remove(`/libxl/${domid}`),
       ...kinds.map((kind) => view.remove(`${backends}/${kind}/${domid}`)),
       ...(owner === `${domid}` ? [view.remove(`/vm/${uuid}`)] : []),
     ]);

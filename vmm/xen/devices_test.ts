@@ -114,6 +114,7 @@ Deno.test("entries of a domain are what its kernel reads and writes", () => {
     "/vm/68797065-7274-6f70-0123-456789abcdef/uuid = 68797065-7274-6f70-0123-456789abcdef",
     "/vm/68797065-7274-6f70-0123-456789abcdef/name = web",
     "/vm/68797065-7274-6f70-0123-456789abcdef/domid = 5",
+    "/libxl/5/type = pvh",
     "/local/domain/5 =  [n0,r5]",
     "/local/domain/5/vm = /vm/68797065-7274-6f70-0123-456789abcdef",
     "/local/domain/5/name = web",
@@ -213,6 +214,7 @@ Deno.test("a domain with its devices takes one transaction, and a guest owns onl
     "/local/domain/0/backend/console": "",
     "/local/domain/0/backend/vbd": "",
     "/local/domain/0/backend/vif": "",
+    "/libxl": "",
     "/vm": "",
   });
 });
@@ -226,13 +228,13 @@ Deno.test("the entries of a domain go, those of others and of its successor stay
     await writeEntries(xenstore, domainEntries({ ...DOMAIN, domid, uuid, disks }));
   }
   const paths = () =>
-    ["/local/domain", "/local/domain/0/backend/vbd", "/vm"].map((path) => xenstore.list(path));
+    ["/local/domain", "/local/domain/0/backend/vbd", "/libxl", "/vm"].map((path) => xenstore.list(path));
   await removeDomainTree(xenstore, 5, DOMAIN.uuid);
   const uuids = [DOMAIN.uuid, "00000000-0000-0000-0000-000000000051"];
-  assert.deepEqual(await Promise.all(paths()), [["0", "51", "6"], ["51", "6"], uuids]);
+  assert.deepEqual(await Promise.all(paths()), [["0", "51", "6"], ["51", "6"], ["51", "6"], uuids]);
   await removeDomainTree(xenstore, 6, DOMAIN.uuid);
   await removeDomainTree(xenstore, 6, DOMAIN.uuid);
-  assert.deepEqual(await Promise.all(paths()), [["0", "51"], ["51"], uuids.slice(1)]);
+  assert.deepEqual(await Promise.all(paths()), [["0", "51"], ["51"], ["51"], uuids.slice(1)]);
 });
 
 /** A host's driver: closes its end once it is asked to. */
