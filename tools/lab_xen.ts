@@ -62,13 +62,18 @@ export async function xenEngine(
 /** Run in this machine's root file system within the guest. */
 export const XEN_SETUP_SCRIPT = `
 set -e
+store=
 fail() { echo "$*" >&2; exit 1; }
 mount -t xenfs xenfs /proc/xen
 version=$(cat /sys/hypervisor/version/major).$(cat /sys/hypervisor/version/minor)
 bin=/usr/lib/xen-$version/bin
-[ -x "$bin/xenstored" ] || fail "there is no $bin/xenstored: apt-get install xen-utils-$version"
+# The one that Debian's own start-up takes.
+for name in oxenstored xenstored; do
+  [ -x "$bin/$name" ] && store="$bin/$name" && break
+done
+[ "$store" ] || fail "there is no xenstored in $bin: apt-get install xen-utils-$version"
 mkdir -p /run/xen /run/xenstored /var/lib/xenstored /var/lib/xen /var/log/xen
-"$bin/xenstored" --pid-file /run/xen/xenstored.pid
+"$store" --pid-file /run/xen/xenstored.pid
 tries=100
 until [ -S /run/xenstored/socket ]; do
   [ "$tries" -gt 0 ] || fail "xenstored did not make its socket"

@@ -61,6 +61,8 @@ const LIMIT = 4096;
 export class FakeXenstore implements AsyncDisposable {
   /** Path of its socket. */
   readonly path: string;
+  /** What is answered where a domain to be released is not known: xenstored and oxenstored differ. */
+  unknownDomain: "ENOENT" | "EINVAL" = "ENOENT";
   /** Domains that were introduced and not released. */
   readonly introduced: Map<number, { readonly gfn: bigint; readonly port: number }> = new Map();
   /** What was asked of it, such as `WRITE /a/b`. */
@@ -383,7 +385,7 @@ export class FakeXenstore implements AsyncDisposable {
       }
       case "RELEASE": {
         const domid = number(fields(1)[0]);
-        if (!this.introduced.delete(domid)) throw new Refusal("ENOENT");
+        if (!this.introduced.delete(domid)) throw new Refusal(this.unknownDomain);
         events.push({ path: "@releaseDomain", removed: [] });
         return "OK\0";
       }

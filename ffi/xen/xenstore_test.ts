@@ -155,7 +155,10 @@ Deno.test("domains are introduced and released", async () => {
   assert.deepEqual([...fake.introduced], [[5, { gfn: 0xfeffcn, port: 3 }]]);
   assert.ok(await xenstore.isIntroduced(5));
   await xenstore.release(5);
-  await xenstore.release(5);
+  for (const code of ["ENOENT", "EINVAL"] as const) {
+    fake.unknownDomain = code;
+    await xenstore.release(5);
+  }
   assert.ok(!await xenstore.isIntroduced(5));
   await assert.rejects(xenstore.introduce(0, 1n, 1), {
     request: "INTRODUCE",
