@@ -333,20 +333,51 @@ function flock(type: number, start: number): Uint8Array<ArrayBuffer> {
   return lock;
 }
 
-/** Locks a file as QEMU does, which also tells QEMU. Tells whether others allow it. */
-function lock(fd: Fd, isReadOnly: boolean): boolean {
+/** Locks a file as QEMU does, which also tells QEMU. */
+function lock(fd: Fd, isReadOnly: boolean): void {
   const done = isReadOnly ? [PERM_READ] : [PERM_READ, PERM_WRITE, PERM_RESIZE];
   const refused = [PERM_WRITE, PERM_RESIZE];
   for (const byte of [...done.map((bit) => LOCK_DONE + bit), ...refused.map((bit) => LOCK_REFUSED + bit)]) {
     check(libc().fcntl_buffer(fd.number, F_OFD_SETLK, flock(F_RDLCK, byte)), "fcntl(F_OFD_SETLK)");
   }
-  return [...done.map((bit) => LOCK_REFUSED + bit), ...refused.map((bit) => LOCK_DONE + bit)].every(
-    (byte) => {
-      const found = flock(F_WRLCK, byte);
-      check(libc().fcntl_buffer(fd.number, F_OFD_GETLK, found), "fcntl(F_OFD_GETLK)");
-      return new DataView(found.buffer).getInt16(0, true) === F_UNLCK;
-    },
-  );
+  for (const byte of [...done.map((bit) => LOCK_REFUSED + bit), ...refused.map((bit) => LOCK_DONE + bit)]) {
+    const found = flock(F_WRLCK, byte);
+    check(libc().fcntl_buffer(fd.number, F_OFD_GETLK, found), "fcntl(F_OFD_GETLK)");
+    if (new DataView(found.buffer).getInt16(0, true) === F_UNLCK) continue;
+    throw new Error(
+      `another process ${isReadOnly ? "writes to it" : "has it open"}: stop that machine or tool first`,
+    );
+  }
+}
+
+/** Holds the lock of a disk that something else reads and writes, until it is disposed. */
+export class DiskLock implements Disposable {
+  readonly #fd: Fd;
+
+  /**
+   * Locks a disk.
+   *
+   * @param path Path of the file, or block device
+   * @param isReadOnly Whether it is not written to
+   * @throws {Error} If it cannot be opened, or others use it in a way that does not go together with this
+   */
+  constructor(path: string, isReadOnly: boolean) {
+    using undo = new DisposableStack();
+    try {
+      this.#fd = undo.use(Fd.open(path, O_RDONLY | O_NONBLOCK));
+      lock(this.#fd, isReadOnly);
+    } catch (cause) {
+      throw new Error(`Cannot lock "${path}" as ${cause instanceof Error ? cause.message : cause}`, {
+        cause,
+      });
+    }
+    undo.move();
+  }
+
+  /** Lets others have it. */
+  [Symbol.dispose](): void {
+    this.#fd[Symbol.dispose]();
+  }
 }
 
 /** How to open a raw file. */
@@ -415,11 +446,7 @@ export class RawFile implements BlockFile {
       this.blockSize = Math.max(SECTOR_SIZE, unit);
       this.#directAlignment = isKnown ? Math.max(1, view.getUint32(152, true)) : SECTOR_SIZE;
       this.#direct = isDirect ? undo.use(Fd.open(path, flags | O_DIRECT)) : undefined;
-      if (isLocked && !lock(this.#fd, isReadOnly)) {
-        throw new Error(
-          `another process ${isReadOnly ? "writes to it" : "has it open"}: stop that machine or tool first`,
-        );
-      }
+      if (isLocked) lock(this.#fd, isReadOnly);
     } catch (cause) {
       throw new Error(`${action} as ${cause instanceof Error ? cause.message : cause}`, { cause });
     }

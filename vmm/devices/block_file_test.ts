@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { Mapping } from "../../ffi/mod.ts";
 import { emptyQcow2 } from "../images/qcow2.ts";
-import { fillZeroes, type HostMemory, hostMemory, RawFile, sliceSegments } from "./block_file.ts";
+import { DiskLock, fillZeroes, type HostMemory, hostMemory, RawFile, sliceSegments } from "./block_file.ts";
 
 const MIB = 2 ** 20;
 
@@ -231,6 +231,21 @@ Deno.test("RawFile is written by one and read by many, but not at once", () => {
   using _one = read();
   using _two = read();
   assert.throws(() => new RawFile(b.path, { memory }), /another process has it open/);
+});
+
+Deno.test("DiskLock keeps others from a disk that something else reads and writes", () => {
+  using b = bench(MIB);
+  {
+    using _ = new DiskLock(b.path, false);
+    assert.throws(() => new RawFile(b.path, { memory: b.memory }), /another process has it open/);
+    assert.throws(() => new DiskLock(b.path, true), {
+      message: `Cannot lock "${b.path}" as another process writes to it: stop that machine or tool first`,
+    });
+  }
+  using _file = new RawFile(b.path, { memory: b.memory, isReadOnly: true });
+  using _lock = new DiskLock(b.path, true);
+  assert.throws(() => new DiskLock(b.path, false), /another process has it open/);
+  assert.throws(() => new DiskLock(`${b.path}.absent`, false), /^Error: Cannot lock ".*" as .*ENOENT/);
 });
 
 Deno.test({

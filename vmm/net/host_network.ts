@@ -78,6 +78,10 @@ export function canUseTap(): { isUsable: boolean; detail: string } {
   return { isUsable: true, detail: `taps and bridges can be made; ${server}` };
 }
 
+/** Why a machine with a network of NAT cannot be here. */
+export const NO_NFT =
+  "its NICs need NAT, and nft is not installed: apt-get install nftables, or set nat: false";
+
 /**
  * Tells whether the program that sets rules for NAT is there.
  *
@@ -148,6 +152,20 @@ export class HostNetwork {
   }
 
   /**
+   * Plugs an interface into the bridge of its network, which is made if need be.
+   *
+   * @param spec The network
+   * @param name Name of the interface
+   * @throws {MachineError} If that is not possible, and why
+   */
+  async plugInterface(spec: BridgeSpec, name: string): Promise<void> {
+    await this.#change(async (interfaces) => {
+      if (!interfaces.has(spec.name)) await ensureBridge(interfaces, this.#nft, spec);
+      plugInterface(interfaces, spec, name);
+    });
+  }
+
+  /**
    * Makes a tap and plugs it into the bridge of its network, which must be there. It takes no other program.
    *
    * @param spec The network
@@ -195,13 +213,17 @@ export class HostNetwork {
 function plugTap(interfaces: NetworkInterfaces, spec: BridgeSpec, name: string): Tap {
   const tap = Tap.open(name);
   try {
-    interfaces.addToBridge(spec.name, name);
-    interfaces.setUp(name, true);
+    plugInterface(interfaces, spec, name);
     return tap;
   } catch (error) {
     tap[Symbol.dispose]();
     throw error;
   }
+}
+
+function plugInterface(interfaces: NetworkInterfaces, spec: BridgeSpec, name: string): void {
+  interfaces.addToBridge(spec.name, name);
+  interfaces.setUp(name, true);
 }
 
 async function ensureBridge(interfaces: NetworkInterfaces, nft: Nft, spec: BridgeSpec): Promise<void> {

@@ -201,6 +201,17 @@ function hostTests(): void {
       await host.releaseBridge(closed.name);
     }));
 
+  Deno.test("what others have made is plugged in, and the bridge made anew where it has gone meanwhile", () =>
+    withHost(async (host, interfaces) => {
+      await host.ensureBridge(closed);
+      using _tap = Tap.open("vif1.0");
+      assert.ok(await host.releaseBridge(closed.name));
+      await host.plugInterface(closed, "vif1.0");
+      assert.ok(interfaces.isUp("vif1.0"));
+      assert.ok(!(await host.releaseBridge(closed.name)));
+      await assert.rejects(host.plugInterface(closed, "vif2.0"), /vif2\.0/);
+    }));
+
   Deno.test("without nft, only a network that the host keeps inside anyway is made", () =>
     withHost(async (_, interfaces, lock) => {
       const host = new HostNetwork({ lock, nft: "/nonexistent/nft" });
