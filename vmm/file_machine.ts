@@ -117,6 +117,13 @@ export abstract class FileMachine<Files extends MachineFiles> implements Machine
     return Promise.resolve(equal(names(current), names(spec)));
   }
 
+  /** Mends what has gone wrong around a guest that runs, before anything else is done with it; the lock is held. */
+  protected async mend(
+    _current: MachineSpec,
+    _spec: MachineSpec,
+    _options: OperationOptions,
+  ): Promise<void> {}
+
   /** Ends what it shared with others, as far as nobody needs that any more. */
   protected async release(_spec: MachineSpec | undefined): Promise<void> {}
 
@@ -164,6 +171,7 @@ export abstract class FileMachine<Files extends MachineFiles> implements Machine
   ): Promise<UpdateResult> {
     using _lock = await this.#lock(options);
     const current = await this.spec();
+    if (current && await this.isAlive()) await this.mend(current, spec, options);
     const { state, pid } = await this.status();
     if (!current || state === "stopped" || state === "absent" || state === "crashed") {
       if (state === "crashed" || pid !== undefined) await this.killNow();
@@ -330,10 +338,17 @@ export abstract class FileMachine<Files extends MachineFiles> implements Machine
   }
 
   async #shutdown(timeout: number, options: OperationOptions): Promise<void> {
-    if (!(await this.isAlive())) return;
     const spec = await this.spec();
+    const isAlive = await this.isAlive();
+    if (spec && isAlive) {
+      await this.mend(spec, spec, options).catch((error) => {
+        if (options.signal?.aborted) throw error;
+        options.report?.(error instanceof Error ? error.message : String(error));
+      });
+    }
     const { state } = await this.status();
     if (state === "crashed") return await this.killNow();
+    if (!isAlive) return;
     options.report?.("shutting down");
     const deadline = Date.now() + timeout;
     try {

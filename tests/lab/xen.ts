@@ -40,7 +40,9 @@ class XenPlace extends Place {
 /** Runs a program of the host, which must end well, and gives what it printed. */
 async function host(program: string, ...args: string[]): Promise<string> {
   const { code, stdout, stderr } = await new Deno.Command(program, { args, stdin: "null" }).output();
-  assert.equal(code, 0, `"${program} ${args.join(" ")}": ${new TextDecoder().decode(stderr)}`);
+  const complaints = new TextDecoder().decode(stderr);
+  assert.equal(code, 0, `"${program} ${args.join(" ")}": ${complaints}`);
+  if (args[0] === "list") assert.equal(complaints, "");
   return new TextDecoder().decode(stdout);
 }
 
@@ -74,6 +76,7 @@ async function inventory(): Promise<Readonly<Record<string, readonly string[]>>>
   return {
     domains: (await domains()).map(({ name }) => name).sort(),
     numbers: (await children("/local/domain")).filter((domid) => domid !== "0"),
+    kinds: (await children("/libxl")).filter((domid) => domid !== "0"),
     identities: (await children("/vm")).filter((uuid) => uuid.startsWith(OURS)),
     served: (await Promise.all(served)).flat().sort(),
     loops: (await host("losetup", "-a")).split("\n").filter((line) => line !== "")
@@ -83,7 +86,7 @@ async function inventory(): Promise<Readonly<Record<string, readonly string[]>>>
   };
 }
 
-const NOTHING = { domains: [], numbers: [], identities: [], served: [], loops: [], links: [] };
+const NOTHING = { domains: [], numbers: [], kinds: [], identities: [], served: [], loops: [], links: [] };
 
 /** Expects that a place has left nothing on the host. */
 async function assertGone(place: Place): Promise<void> {
@@ -100,7 +103,7 @@ async function assertOne(place: Place): Promise<void> {
   assert.match(`${domain?.name} ${domain?.state}`, /^test-web [r-][b-]-{4}$/);
   const domid = domain!.domid;
   const { identities, links, loops, served, ...rest } = await inventory();
-  assert.deepEqual(rest, { domains: ["test-web"], numbers: [domid] });
+  assert.deepEqual(rest, { domains: ["test-web"], numbers: [domid], kinds: [domid] });
   assert.equal(identities!.length, 1);
   assert.deepEqual(links!.map((name) => name.replace(/^ht-.*/, "a bridge")), ["a bridge", `vif${domid}.0`]);
   const files = await place.leftovers();

@@ -163,9 +163,33 @@ export async function buildDomain(
   try {
     return await build(xen, xenstore, spec, domid, options.signal);
   } catch (error) {
-    await destroyDomain(xen, xenstore, { domid, handle });
-    throw error;
+    return await undo(error, () => destroyDomain(xen, xenstore, { domid, handle }));
   }
+}
+
+/**
+ * Ends what has failed by undoing what there is of it. Where that fails as well, the first reason is still the one to tell.
+ *
+ * @param error Why it failed
+ * @param steps Undo it; each runs, whatever becomes of those before
+ * @throws {unknown} The error, with what could not be undone where it is one of words
+ */
+export async function undo(
+  error: unknown,
+  ...steps: readonly (() => void | Promise<void>)[]
+): Promise<never> {
+  const reasons: string[] = [];
+  for (const step of steps) {
+    try {
+      await step();
+    } catch (reason) {
+      reasons.push(reason instanceof Error ? reason.message : String(reason));
+    }
+  }
+  if (reasons.length === 0 || !(error instanceof Error)) throw error;
+  throw new MachineError(`${error.message}. Nor could all of it be undone: ${reasons.join("; ")}`, {
+    cause: error,
+  });
 }
 
 /**
@@ -228,9 +252,13 @@ function refuseLackOfMemory(xen: Xen, { name, maxMemory, maxCpus }: DomainSpec):
   const needed = maxMemory + MEMORY_SLACK + pagingPool(maxMemory, maxCpus);
   if (free >= needed) return;
   throw new MachineError(
-    `Cannot build the domain "${name}" as it takes ${formatSize(ceilMebibyte(needed))} and Xen has ${
-      formatSize(ceilMebibyte(free) - MEBIBYTE)
-    } free: give it less memory, stop others, or lower dom0_mem on Xen's command line`,
+    `Cannot build the domain "${name}" as it takes ${
+      formatSize(ceilMebibyte(needed))
+    }, as much as its maxMemory, ` +
+      `and Xen has ${
+        formatSize(ceilMebibyte(free) - MEBIBYTE)
+      } free: give it less memory or maxMemory, stop others, ` +
+      `or lower dom0_mem on Xen's command line`,
   );
 }
 
@@ -342,7 +370,7 @@ async function populate(
         const rest = frames.slice(at).flatMap((frame) =>
           Array.from({ length: 2 ** (order - smaller) }, (_, piece) => frame + BigInt(piece) * step)
         );
-        extents.get(smaller)!.unshift(...rest);
+        extents.set(smaller, rest.concat(extents.get(smaller)!));
         break;
       }
       // Each takes a while; whoever wants to stop it can.

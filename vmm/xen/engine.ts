@@ -4,7 +4,8 @@
  * @module
  */
 
-import { listLoops, resizeLoop } from "../../ffi/mod.ts";
+import { XEN_MAX_CPUS } from "../../dsl/mod.ts";
+import { resizeLoop } from "../../ffi/mod.ts";
 import { type DomainInfo, Xen, Xenstore } from "../../ffi/xen/mod.ts";
 import { equal, identifyProcess, isRunning } from "../../planner/mod.ts";
 import { moduleBeside, spawnDetached } from "../detached.ts";
@@ -15,21 +16,21 @@ import type {
   MachineSpec,
   MachineStatus,
   OperationOptions,
-  UpdateResult,
 } from "../engine.ts";
 import { MachineError } from "../errors.ts";
 import { delay, FileMachine, killProcess, machineIds, readJson } from "../file_machine.ts";
 import { exists, removeIfThere, writeWhole } from "../files.ts";
 import { findPanic, tailOf } from "../machine_files.ts";
-import { hasNft } from "../net/host_network.ts";
+import { hasNft, NO_NFT } from "../net/host_network.ts";
 import { releaseBridges } from "../net/machine_bridges.ts";
 import { hostPaths, type Paths } from "../paths.ts";
 import { startError } from "../supervised_machine.ts";
 import { domainPath } from "./devices.ts";
-import { domainsOf, machineOfHandle } from "./domain.ts";
+import { domainsOf, machineOfHandle, undo } from "./domain.ts";
 import {
   type KeeperFile,
   launchDomain,
+  loopOf,
   maxCpusOf,
   sweepDomains,
   tune,
@@ -37,6 +38,7 @@ import {
   type XenFiles,
   xenFiles,
   type XenHost,
+  type XenMachineOptions,
   type XenRunFile,
 } from "./launch.ts";
 
@@ -52,8 +54,6 @@ done
 grep -c ^processor /proc/cpuinfo`;
 /** Pages that a guest gives back for itself: Linux maps what it shares with Xen in their place. */
 const OWN_PAGES = 8;
-/** Most vCPUs of a domain that Xen gives memory-mapped interrupt controllers (Xen 4.17 `HVM_MAX_VCPUS`). */
-const MAX_VCPUS = 128;
 /** How long a keeper may take to serve consoles, in milliseconds. */
 const KEEPER_TIMEOUT = 120_000;
 
@@ -78,18 +78,25 @@ export class XenEngine implements Engine {
    * @param options What the machine needs
    * @returns What was found
    */
-  async probe(options: OperationOptions & { needs?: MachineNeeds } = {}): Promise<Capabilities> {
-    const hypervisor = await probeXen();
+  async probe(
+    options: OperationOptions & { engine?: MachineSpec["engine"]; needs?: MachineNeeds } = {},
+  ): Promise<Capabilities> {
+    const { processors = 0, ...hypervisor } = await probeXen();
     const findings = isXenHost() ? [{ name: "hypervisor", ...hypervisor }] : [];
-    const { needs } = options;
+    const { needs, engine = {} } = options;
+    const absent = (engine as XenMachineOptions).pin?.flat().find((processor) => processor >= processors);
     const reason = !hypervisor.isUsable
       ? hypervisor.detail
       : needs?.hasFirmware
       ? "a PVH domain has no firmware to boot a disk by: give the machine a kernel"
-      : (needs?.cpus ?? 1) > MAX_VCPUS
-      ? `it runs at most ${MAX_VCPUS} vCPUs`
-      : needs?.hasNics && !(await hasNft())
-      ? "its NICs may need NAT, and nft is not installed (apt-get install nftables)"
+      : needs?.hasQcow2
+      ? "the kernel serves its domains raw disks only: give the disk no format, or convert the image"
+      : (needs?.cpus ?? 1) > XEN_MAX_CPUS
+      ? `it runs at most ${XEN_MAX_CPUS} vCPUs`
+      : absent !== undefined
+      ? `its pin names the processor ${absent}, and the last one of this host is ${processors - 1}`
+      : needs?.hasNat && !(await hasNft())
+      ? NO_NFT
       : undefined;
     return { engine: "xen", isUsable: reason === undefined, detail: reason ?? hypervisor.detail, findings };
   }
@@ -146,23 +153,20 @@ export class XenMachine extends FileMachine<XenFiles> {
     return await statusOf(this.id, this.files, spec, spec ? listDomains() : []);
   }
 
-  /**
-   * Makes it be as a spec says. Where only the process is gone that keeps its consoles, the guest does not notice.
-   *
-   * @param spec What it should be made of
-   * @param options Signal and progress, and how long a shutdown may take, in milliseconds, where it takes a restart
-   * @returns Whether it was restarted
-   */
-  override async update(
+  /** Where only the process is gone that keeps its consoles, the guest does not notice. */
+  protected override async mend(
+    current: MachineSpec,
     spec: MachineSpec,
-    options: OperationOptions & { shutdownTimeout?: number } = {},
-  ): Promise<UpdateResult> {
-    const current = await this.spec();
-    if (current && await this.isAlive() && !(await keeperOf(this.files))) {
-      options.report?.("starting the process that keeps its consoles");
-      await this.#startKeeper(current, options);
-    }
-    return await super.update(spec, options);
+    options: OperationOptions,
+  ): Promise<void> {
+    if (await this.#isUnstarted()) return await this.killNow();
+    if (await keeperOf(this.files)) return;
+    options.report?.("starting the process that keeps its consoles");
+    // Ports that it had may be others' by now.
+    const wanted = new Map(spec.nics.map(({ name, forwards }) => [name, forwards]));
+    const nics = current.nics.map((nic) => ({ ...nic, forwards: wanted.get(nic.name) ?? [] }));
+    await this.record({ ...current, nics });
+    await this.#startKeeper(current, options);
   }
 
   /** Stops its vCPUs. */
@@ -212,12 +216,19 @@ export class XenMachine extends FileMachine<XenFiles> {
       await launchDomain(host, spec, this.files, options);
       await this.#waitForKeeper(spec, keeper, options);
     } catch (error) {
-      await this.killNow();
-      await this.release(spec);
-      if (options.signal?.aborted) throw options.signal.reason;
-      if (!(error instanceof Error)) throw error;
-      throw startError(spec, error.message);
+      const reason = options.signal?.aborted
+        ? options.signal.reason
+        : error instanceof Error
+        ? startError(spec, error.message)
+        : error;
+      await undo(reason, () => this.killNow(), () => this.release(spec));
     }
+  }
+
+  /** Tells whether it is built but was never let run: whoever was about to has died. */
+  async #isUnstarted(): Promise<boolean> {
+    using xen = Xen.open();
+    return isUnstarted(await this.#domain(xen));
   }
 
   /** Asks the guest to power off, as `xl shutdown` does. */
@@ -250,11 +261,15 @@ export class XenMachine extends FileMachine<XenFiles> {
   ): Promise<void> {
     using xen = Xen.open();
     const { domid } = await this.#domain(xen);
-    const loops = new Map([...listLoops()].map(([device, file]) => [file, device]));
     for (const disk of spec.disks) {
       const before = current.disks.find((each) => each.name === disk.name);
-      const loop = loops.get(disk.path);
-      if (disk.readOnly || before?.size === disk.size || loop === undefined) continue;
+      if (disk.readOnly || before?.size === disk.size) continue;
+      const loop = loopOf(disk.path);
+      if (loop === undefined) {
+        throw new MachineError(
+          `its disk "${disk.name}" has no loop device any more: shut it down, then run apply`,
+        );
+      }
       options.report?.(`growing disk ${disk.name}`);
       await Deno.truncate(disk.path, disk.size);
       resizeLoop(loop);
@@ -370,6 +385,11 @@ export class XenMachine extends FileMachine<XenFiles> {
   }
 }
 
+/** Tells whether a domain was never let run. */
+function isUnstarted({ isPaused, cpuTime }: DomainInfo): boolean {
+  return isPaused && cpuTime === 0n;
+}
+
 /** Finds out how a machine is, of which all domains of the host are known. */
 async function statusOf(
   id: string,
@@ -398,6 +418,7 @@ async function statusOf(
   const panic = await findPanic(files.consoleLog);
   if (panic !== undefined) return { ...known, state: "crashed", detail: panic };
   if (domain.shutdownReason !== undefined && pid === undefined) return { ...known, state: "stopped" };
+  if (isUnstarted(domain)) return { ...known, state: "stopped", detail: "its domain was never let run" };
   if (pid === undefined) {
     return { ...known, state: "crashed", detail: "the process that keeps its consoles is gone" };
   }
@@ -443,7 +464,12 @@ function listDomains(): DomainInfo[] {
   return xen.listDomains();
 }
 
-async function probeXen(): Promise<{ readonly isUsable: boolean; readonly detail: string }> {
+async function probeXen(): Promise<{
+  readonly isUsable: boolean;
+  readonly detail: string;
+  /** How many numbers processors have. */
+  readonly processors?: number;
+}> {
   if (!isXenHost()) {
     return {
       isUsable: false,
@@ -454,7 +480,7 @@ async function probeXen(): Promise<{ readonly isUsable: boolean; readonly detail
     using xen = Xen.open();
     const { major, minor } = xen.version();
     const name = `Xen ${major}.${minor}`;
-    const { hasHvm, hasHap, freePages } = xen.physicalInfo();
+    const { hasHvm, hasHap, freePages, maxCpuId } = xen.physicalInfo();
     if (!hasHvm || !hasHap) {
       return {
         isUsable: false,
@@ -477,9 +503,12 @@ async function probeXen(): Promise<{ readonly isUsable: boolean; readonly detail
       };
     }
     const foreign = xen.listDomains().filter(({ domid, handle }) => domid !== 0 && !machineOfHandle(handle));
-    const others = foreign.length === 0 ? "" : `, ${foreign.length} domains of others`;
+    const others = foreign.length === 0
+      ? ""
+      : `, ${foreign.length} ${foreign.length === 1 ? "domain" : "domains"} of others`;
     return {
       isUsable: true,
+      processors: maxCpuId + 1,
       detail: `${name}, PVH, ${Math.floor(freePages * PAGE / 2 ** 20)} MiB free${others}`,
     };
   } catch (error) {

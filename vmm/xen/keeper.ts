@@ -23,6 +23,7 @@ import {
   FURTHER_CONSOLES,
   type KeeperFile,
   launchDomain,
+  lockDisk,
   sweepDomains,
   XEN_CHANNELS,
   type XenEnd,
@@ -38,6 +39,8 @@ const BUILD_TIMEOUT = 300_000;
 const RECORD_TIMEOUT = 10_000;
 /** How often it is looked whether it is, in milliseconds. */
 const BUILD_INTERVAL = 20;
+/** How often it is looked whether the domain has ended, beside what xenstored tells, in milliseconds. */
+const END_INTERVAL = 5000;
 
 /** What a keeper is made of. */
 export interface KeeperOptions {
@@ -166,9 +169,22 @@ async function attach(
   parts: Parts,
   run: XenRunFile,
 ): Promise<AsyncDisposable & { readonly flush: () => void }> {
-  const { xen, eventChannels, consoles, log, spec } = parts;
+  const { xen, xenstore, eventChannels, consoles, log, spec } = parts;
   const domid = run.domid!;
+  if (!(await xenstore.isIntroduced(domid))) {
+    throw new MachineError(
+      "xenstored was started anew and does not know the domain: shut the guest down, restart the host, then run apply",
+    );
+  }
   await using resources = new AsyncDisposableStack();
+  for (const disk of spec.disks) {
+    try {
+      resources.use(lockDisk(disk));
+    } catch (error) {
+      // It was free a moment ago, and the guest has it.
+      log.warn(error instanceof Error ? error.message : String(error));
+    }
+  }
   const page = resources.use(xen.mapGuest(domid, SPECIAL_FRAMES.console, 1));
   const port = eventChannels.bindInterdomain(domid, run.consolePort!);
   resources.defer(() => eventChannels.unbind(port));
@@ -193,6 +209,7 @@ class FurtherConsole implements AsyncDisposable {
   #watch: AsyncDisposable | undefined;
   #connection: Disposable | undefined;
   #last: Promise<void> = Promise.resolve();
+  #isLookDue = false;
   #isOver = false;
 
   private constructor(parts: Parts, domid: number, number: number) {
@@ -219,9 +236,12 @@ class FurtherConsole implements AsyncDisposable {
     this.#disconnect();
   }
 
-  /** One look after the other: a guest can change its mind quickly. */
+  /** One look after the other, and one for all that happens before it: a guest can change its mind quickly. */
   #look(): void {
+    if (this.#isLookDue) return;
+    this.#isLookDue = true;
     this.#last = this.#last.then(async () => {
+      this.#isLookDue = false;
       if (this.#isOver) return;
       try {
         await this.#follow();
@@ -286,6 +306,8 @@ async function waitForEnd(
     wake();
   });
   const watch = await xenstore.watch("@releaseDomain", wake);
+  // A xenstored that did not see the domain begin does not see its end.
+  const timer = setInterval(wake, END_INTERVAL);
   try {
     while (!signal.aborted) {
       if (isLost) {
@@ -310,6 +332,7 @@ async function waitForEnd(
     }
     return undefined;
   } finally {
+    clearInterval(timer);
     signal.removeEventListener("abort", wake);
     // With the connection all watches are lost.
     if (!isLost) await watch[Symbol.asyncDispose]();

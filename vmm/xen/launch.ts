@@ -15,6 +15,7 @@ import {
   NetworkInterfaces,
 } from "../../ffi/mod.ts";
 import type { DomainInfo, Xen, Xenstore } from "../../ffi/xen/mod.ts";
+import { DiskLock } from "../devices/block_file.ts";
 import type { MachineNic, MachineSpec, OperationOptions } from "../engine.ts";
 import { MachineError } from "../errors.ts";
 import { delay, type MachineFiles, machineFiles } from "../file_machine.ts";
@@ -24,7 +25,7 @@ import { bridgeOf, hostNetwork } from "../net/machine_bridges.ts";
 import { machineFolder, type Paths } from "../paths.ts";
 import { equal, type ProcessIdentity } from "../../planner/mod.ts";
 import { diskName, type XenDisk } from "./devices.ts";
-import { buildDomain, destroyDomain, destroyDomainsOf } from "./domain.ts";
+import { buildDomain, destroyDomain, destroyDomainsOf, undo } from "./domain.ts";
 
 /** Data channels of a guest: Linux has 8 consoles in all, one for the kernel, one for control, and two for each channel. */
 export const XEN_CHANNELS = 3;
@@ -159,16 +160,19 @@ export async function launchDomain(
     const { domid, pages, consolePort } = built;
     domain = xen.domain(domid);
     tune(xen, domid, spec);
-    await plugInterfaces(domid, spec, signal);
+    await plugInterfaces(paths, domid, spec, signal);
     const run: XenRunFile = { domid, pages, consolePort };
     await writeWhole(files.run, JSON.stringify(run));
     signal?.throwIfAborted();
     xen.unpause(domid);
     return run;
   } catch (error) {
-    if (domain) await destroyDomain(xen, xenstore, domain);
-    releaseDisks(spec.id);
-    throw error;
+    const built = domain;
+    return await undo(
+      error,
+      async () => void (built && await destroyDomain(xen, xenstore, built)),
+      () => releaseDisks(spec.id),
+    );
   }
 }
 
@@ -239,14 +243,27 @@ function commandLine(spec: MachineSpec): string {
   return [COMMAND_LINE, ...disks, spec.cmdline].filter((word) => word !== "").join(" ");
 }
 
+/**
+ * Finds the loop device of a file.
+ *
+ * @param path Path of the file
+ * @returns Path of the device; undefined where there is none
+ */
+export function loopOf(path: string): string | undefined {
+  // The kernel tells of files by paths without links.
+  const file = Deno.realPathSync(path);
+  return [...listLoops()].find(([, each]) => each === file)?.[0];
+}
+
 /** What others have attached too could be written by both. */
 async function refuseBusy({ name, path }: MachineSpec["disks"][number], label: string): Promise<void> {
   const deadline = Date.now() + LOOP_TIMEOUT;
   while (true) {
-    const busy = [...listLoops()].find(([, file]) => file === path)?.[0];
+    const busy = loopOf(path);
     if (busy === undefined) return;
-    // The host's driver may still be about to let go of the domain before.
-    if (loopLabel(busy) !== label || Date.now() > deadline) {
+    // The host's driver may still be about to let go of the domain before, or just have done so.
+    const found = loopLabel(busy);
+    if (found !== label && loopOf(path) === busy || Date.now() > deadline) {
       throw new MachineError(
         `Cannot give the disk "${name}" to a domain as "${path}" is attached to ${busy} already: end what uses it, ` +
           `then run "losetup -d ${busy}"`,
@@ -268,11 +285,29 @@ async function attachDisk(
     );
   }
   if (!disk.readOnly) await refuseBusy(disk, loopLabelOf(id));
+  // Others see that it is in use by the keeper's lock.
+  lockDisk(disk)[Symbol.dispose]();
   const { isBlockDevice } = await Deno.stat(disk.path);
   const { major, minor } = isBlockDevice
     ? deviceNumber(disk.path)
     : attachLoop(disk.path, { readOnly: disk.readOnly, label: loopLabelOf(id) });
   return { index, major, minor, readOnly: disk.readOnly, discard: !disk.readOnly, file: disk.path };
+}
+
+/**
+ * Locks a disk as the machines of other engines do, and QEMU.
+ *
+ * @param disk The disk
+ * @returns The lock, held until it is disposed
+ * @throws {MachineError} If others use the disk in a way that does not go together with this
+ */
+export function lockDisk({ name, path, readOnly }: MachineSpec["disks"][number]): DiskLock {
+  try {
+    return new DiskLock(path, readOnly);
+  } catch (cause) {
+    const reason = cause instanceof Error ? cause.message : cause;
+    throw new MachineError(`Cannot give the disk "${name}" to a domain: ${reason}`, { cause });
+  }
 }
 
 function loopLabelOf(id: string): string {
@@ -287,6 +322,7 @@ function releaseDisks(id: string): void {
 
 /** Plugs what netback makes, `vifDOMID.INDEX`, into bridges. */
 async function plugInterfaces(
+  paths: Paths,
   domid: number,
   spec: MachineSpec,
   signal: AbortSignal | undefined,
@@ -299,13 +335,12 @@ async function plugInterfaces(
       signal?.throwIfAborted();
       if (Date.now() > deadline) {
         throw new MachineError(
-          `Cannot plug in the NIC "${nic.name}" as the kernel makes no interface for it: load its module with ` +
-            `"modprobe xen-netback", and look at dmesg`,
+          `Cannot plug in the NIC "${nic.name}" as the kernel makes no interface for it: look at dmesg. Where xenstored ` +
+            `was started anew, the kernel does not hear of devices until the host is restarted`,
         );
       }
       await delay(5);
     }
-    interfaces.addToBridge(bridgeOf(spec, nic).name, name);
-    interfaces.setUp(name, true);
+    await hostNetwork(paths).plugInterface(bridgeOf(spec, nic), name);
   }
 }
