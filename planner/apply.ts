@@ -144,8 +144,11 @@ export async function preflight(
 ): Promise<void> {
   const { graph, state } = options;
   const kinds = knownKinds(graph, options.kinds);
-  const current = plan.changes.filter(({ deposed }) => deposed === "");
-  const props = new Map(current.map(({ address, after }) => [address, reveal(after ?? {}) as Json]));
+  if (!plan.operations.some(({ type }) => type === "create" || type === "update")) return;
+  const wanted = new Map(
+    plan.changes.filter(({ deposed }) => deposed === "").map(({ address, after }) => [address, after]),
+  );
+  const props = (address: string) => reveal(wanted.get(address) ?? {}) as Json;
   const recorded = new Map(
     state.records().filter(({ deposed }) => deposed === "").map(({ address, outputs }) => [address, outputs]),
   );
@@ -158,10 +161,10 @@ export async function preflight(
     const instance = {
       address,
       stack: plan.stack,
-      props: props.get(address)!,
+      props: reveal(after) as Json,
       // What is made anew has nothing of the one before.
       recorded: type === "update" ? recorded.get(movedFrom ?? address) : undefined,
-      references: new Map(dependencies.map((target) => [target, props.get(target) ?? {}])),
+      references: new Map(dependencies.map((target) => [target, props(target)])),
     };
     if (group) group.push(instance);
     else groups.set(kind, [instance]);

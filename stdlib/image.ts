@@ -4,9 +4,8 @@
  * @module
  */
 
-import { Choice, type ImageSource, object, oneOf, optional, string } from "../dsl/mod.ts";
+import { Choice, type Chosen, type ImageSource, object, oneOf, optional, string } from "../dsl/mod.ts";
 import { MachineError } from "../vmm/errors.ts";
-import { exists } from "../vmm/files.ts";
 import type { BuildContext, BuiltImage, ImageBuilder } from "../vmm/images/builder.ts";
 import { sha256, storeKey } from "../vmm/images/store.ts";
 import { download, wrongChecksum } from "./download.ts";
@@ -45,7 +44,8 @@ const fileSchema = object({
 });
 
 /**
- * An image made elsewhere. Such guests do not have our agent: give them a readiness probe of their own.
+ * An image made elsewhere. When a file of this host has changed whose checksum is not given, the next plan recreates
+ * the machine. Such guests do not have our agent: give them a readiness probe of their own.
  *
  * @param options Disk, kernel and initramfs
  * @returns The image, for a machine's `image`
@@ -68,6 +68,12 @@ export function image(options: ImageOptions): ImageSource {
   return new Choice("image", "image", schema, options);
 }
 
+/** Bytes to read of a file, and what those of a qcow2 image begin with (QEMU 7.2 `docs/interop/qcow2.txt`). */
+const HEADER = 32;
+const QCOW2_MAGIC = 0x514649fb;
+
+type Format = "raw" | "qcow2";
+
 interface Source {
   readonly path?: string;
   readonly url?: string;
@@ -79,59 +85,113 @@ export const imageBuilder: ImageBuilder = {
   type: "image",
   isForeign: true,
   needsFirmware: (recipe) => recipe.kernel === undefined,
+  async fingerprint(recipe): Promise<string | undefined> {
+    const keys = await check(recipe);
+    return keys.length === 0 ? undefined : storeKey(...keys);
+  },
   async build(recipe, context): Promise<BuiltImage> {
+    await check(recipe);
     const { disk, kernel, initramfs } = recipe as Record<string, Source | undefined>;
-    if (!disk && !kernel) {
-      throw new MachineError("Cannot build an image without a disk and without a kernel: give one");
-    }
     const diskFile = disk && await fetchFile(disk, context);
     const kernelFile = kernel && await fetchFile(kernel, context);
     const initramfsFile = initramfs && await fetchFile(initramfs, context);
-    const format = recipe.format as "raw" | "qcow2";
+    const format = recipe.format as Format;
     return {
       key: storeKey("image", diskFile?.key, kernelFile?.key, initramfsFile?.key),
       kernel: kernelFile && { key: kernelFile.key, kernel: kernelFile.path, modules: undefined },
       // A kernel of the user's gets the user's initramfs or none.
       initramfs: initramfsFile?.path ?? "",
       modules: [],
-      root: diskFile && { path: diskFile.path, format, size: await capacity(diskFile.path, format) },
+      root: diskFile && { path: diskFile.path, format, size: capacity(await look(diskFile.path), format) },
       cmdline: (recipe.cmdline as string | undefined) ?? "",
     };
   },
 };
 
-async function fetchFile(source: Source, context: BuildContext): Promise<{ path: string; key: string }> {
-  if (source.url !== undefined) {
-    if (source.sha256 === undefined) {
-      throw new MachineError(`Cannot download "${source.url}" without its checksum: give sha256`);
+/**
+ * Refuses what is plainly wrong, without downloads and without reading whole files.
+ *
+ * @returns What tells each local file whose content no checksum tells from what it may be later
+ */
+async function check(recipe: Chosen): Promise<string[]> {
+  const { disk, kernel, initramfs } = recipe as Record<string, Source | undefined>;
+  if (!disk && !kernel) {
+    throw new MachineError("Cannot build an image without a disk and without a kernel: give one");
+  }
+  const keys: string[] = [];
+  for (const source of [disk, kernel, initramfs]) {
+    if (!source) continue;
+    const { path, url, sha256 } = source;
+    if (url !== undefined) {
+      if (sha256 !== undefined) continue;
+      throw new MachineError(`Cannot download "${url}" without its checksum: give sha256`);
     }
-    return { path: await download(source.url, { sha256: source.sha256 }, context), key: source.sha256 };
+    if (path === undefined) {
+      throw new MachineError('Cannot find a file of an image: give "path", or "url" and "sha256"');
+    }
+    const file = await look(path);
+    if (source === disk) capacity(file, recipe.format as Format);
+    if (sha256 === undefined) keys.push(file.key);
   }
-  const path = source.path;
-  if (path === undefined) {
-    throw new MachineError('Cannot find a file of an image: give "path", or "url" and "sha256"');
+  return keys;
+}
+
+async function fetchFile(source: Source, context: BuildContext): Promise<{ path: string; key: string }> {
+  // One of the two is there, and the checksum of a download too.
+  if (source.url !== undefined) {
+    return { path: await download(source.url, { sha256: source.sha256! }, context), key: source.sha256! };
   }
-  if (!(await exists(path))) {
-    throw new MachineError(`Cannot use the image file "${path}" as it does not exist`);
+  const path = source.path!;
+  if (source.sha256 === undefined) return { path, key: (await look(path)).key };
+  context.report(`checking ${path}`);
+  const found = await sha256(path);
+  if (found !== source.sha256) throw wrongChecksum(path, source.sha256, found);
+  return { path, key: source.sha256 };
+}
+
+interface LocalFile {
+  readonly path: string;
+  readonly size: number;
+  /** Tells it from what it may be later. */
+  readonly key: string;
+  /** Its first bytes; zeros where it is shorter. */
+  readonly header: DataView;
+}
+
+/** Looks at a file, and reads its header only. */
+async function look(path: string): Promise<LocalFile> {
+  const refuse = (reason: string, cause?: unknown) =>
+    new MachineError(`Cannot use the image file "${path}" as ${reason}: correct its path`, { cause });
+  try {
+    const { isFile, size, mtime } = await Deno.stat(path);
+    // Opening a pipe would wait for its other end.
+    if (!isFile) throw refuse("it is not a regular file");
+    using file = await Deno.open(path);
+    const header = new Uint8Array(HEADER);
+    await file.read(header);
+    return {
+      path,
+      size,
+      key: storeKey(path, size, mtime?.getTime()),
+      header: new DataView(header.buffer),
+    };
+  } catch (cause) {
+    if (cause instanceof MachineError) throw cause;
+    if (cause instanceof Deno.errors.NotFound) throw refuse("it does not exist", cause);
+    throw refuse(cause instanceof Error ? cause.message : String(cause), cause);
   }
-  if (source.sha256 !== undefined) {
-    context.report(`checking ${path}`);
-    const found = await sha256(path);
-    if (found !== source.sha256) throw wrongChecksum(path, source.sha256, found);
-  }
-  const { size, mtime } = await Deno.stat(path);
-  return { path, key: source.sha256 ?? storeKey(path, size, mtime?.getTime()) };
 }
 
 /** Capacity of a disk image: the file's own size for raw, the header's field for qcow2. */
-async function capacity(path: string, format: "raw" | "qcow2"): Promise<number> {
-  using file = await Deno.open(path);
-  if (format === "raw") return (await file.stat()).size;
-  const header = new Uint8Array(32);
-  await file.read(header);
-  const view = new DataView(header.buffer);
-  if (view.getUint32(0) !== 0x514649fb) {
+function capacity({ path, size, header }: LocalFile, format: Format): number {
+  if (format === "qcow2" && header.getUint32(0) !== QCOW2_MAGIC) {
     throw new MachineError(`Cannot use "${path}" as a qcow2 image as it is not one: set format to "raw"`);
   }
-  return Number(view.getBigUint64(24));
+  const bytes = format === "raw" ? size : Number(header.getBigUint64(24));
+  if (bytes === 0 || !Number.isSafeInteger(bytes)) {
+    throw new MachineError(
+      `Cannot use "${path}" as a disk as its capacity is ${bytes} bytes: give the image of a disk`,
+    );
+  }
+  return bytes;
 }

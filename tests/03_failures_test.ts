@@ -62,7 +62,9 @@ realTest(
     const declare = (cpus: string, engine: string) =>
       place.declare(`
     const a = vm({ ${cpus} memory: "2GiB", image: debian({ arch: "amd64" }), kernel: hostKernel(), engine: ${engine} });
-    const b = vm({ memory: "1536MiB", maxMemory: "3GiB", image: image({ disk: { path: "/disk" } }), engine: ${engine} });
+    const b = vm({ memory: "1536MiB", maxMemory: "3GiB", image: image({ disk: { url: "http://127.0.0.1:1/disk", sha256: "${
+        "0".repeat(64)
+      }" } }), engine: ${engine} });
     const c = vm({ memory: "1GiB", image: debian(), kernel: debianKernel({ arch: "amd64" }), engine: ${engine} });
     const d = vm({ memory: "1GiB", image: debian(), engine: ${engine} });
     return { a, b, c, d };
@@ -98,8 +100,10 @@ realTest("a missing QEMU is said before anything is made, and how to install it"
   await place.declare(
     '{ a: vm({ memory: "96MiB", image: debian(), engine: qemu({ binary: "/no/such/qemu" }) }) }',
   );
-  const missing = await place.run(["apply", "--yes"], { code: 1 });
-  assert.match(missing.stderr, /Cannot run "\/no\/such\/qemu".*apt-get install qemu-system-x86/);
+  for (const command of [["plan"], ["apply", "--yes"]]) {
+    const missing = await place.run(command, { code: 1 });
+    assert.match(missing.stderr, /Cannot run "\/no\/such\/qemu".*apt-get install qemu-system-x86/);
+  }
   assert.deepEqual(await place.leftovers(), []);
 });
 

@@ -77,12 +77,22 @@ export interface ImageBuilder {
   needsFirmware?(recipe: Chosen): boolean;
   /**
    * Tells cheaply what the image would be made of now, for sources that change by themselves. Another answer recreates
-   * the machine.
+   * the machine. It runs whenever a stack is validated or planned, so it reads no whole files and downloads nothing.
    *
    * @param recipe What to build
    * @param context Cache, signal and progress
+   * @returns The answer; undefined where the recipe tells all of it
+   * @throws {MachineError} If it is plain already that the image cannot be built
    */
-  fingerprint?(recipe: Chosen, context: BuildContext): Promise<string>;
+  fingerprint?(recipe: Chosen, context: BuildContext): Promise<string | undefined>;
+  /**
+   * Tells cheaply whether programs of the image take a 64-bit processor, whatever its kernel is; they never do unless
+   * told.
+   *
+   * @param recipe What to build
+   * @throws {MachineError} If it is plain already that the image cannot be built
+   */
+  is64Bit?(recipe: Chosen): Promise<boolean>;
   /**
    * Builds an image, or finds it in the cache.
    *

@@ -213,6 +213,8 @@ function disruption(
     }
     return { class: "live", mechanism: "balloon" };
   }
+  // Nobody can tell whether the image is another one.
+  if (field === "image.fingerprint" && before === undefined) return { class: "none", mechanism: "noted" };
   const { type, maxCpus } = recorded.props.engine;
   if (field === "cpus" && type === "xen" && typeof maxCpus === "number" && Number(after) <= maxCpus) {
     return { class: "live", mechanism: "vCPU hotplug" };
@@ -338,8 +340,7 @@ function prepare(
         disk.$resource,
       );
     }
-    const isEmulated = chosen === "emulated" || chosen === "auto" && draft.recorded?.engine === "emulated";
-    if (isEmulated) checkEmulated(draft, chosen, builder);
+    if (isEmulated(draft)) checkEmulated(draft, chosen, builder);
     if (isXen) checkXen(draft, chosen, builder);
     const hasHypervisor = props.engine?.hypervisor !== undefined;
     if (hasHypervisor) checkHypervisor(draft, builder);
@@ -359,7 +360,7 @@ function prepare(
         maxMemory: props.maxMemory ?? (hasHypervisor ? props.memory : derivedMaxMemory(
           memory,
           draft.recorded?.maxMemory,
-          isEmulated ? Math.min(hostMemory, EMULATED_MEMORY - 2 ** 20) : hostMemory,
+          isEmulated(draft) ? Math.min(hostMemory, EMULATED_MEMORY - 2 ** 20) : hostMemory,
         )),
       }),
       ...(props.nics
@@ -447,14 +448,31 @@ function prepare(
   }
 }
 
+/** Tells whether a machine is to be an emulated one, or is and stays one. */
+function isEmulated({ props, recorded }: Draft<VmNormalProps, VmOutputs>): boolean {
+  const chosen = props.engine?.type;
+  return chosen === "emulated" || chosen === "auto" && recorded?.engine === "emulated";
+}
+
+function refuseEmulated(
+  { report }: Draft<VmNormalProps, VmOutputs>,
+  field: string,
+  given: string,
+  advice: string,
+  value?: unknown,
+): void {
+  report(field, `Engine "emulated" gives a machine ${given}: ${advice}, or choose another engine`, value);
+}
+
 /** Reports what an emulated machine cannot be. Its engine would refuse it too, but only when it is started. */
 function checkEmulated(
-  { props, report }: Draft<VmNormalProps, VmOutputs>,
+  draft: Draft<VmNormalProps, VmOutputs>,
   chosen: string,
   builder: ImageBuilder | undefined,
 ): void {
+  const { props } = draft;
   const refuse = (field: string, given: string, advice: string, value?: unknown) =>
-    report(field, `Engine "emulated" gives a machine ${given}: ${advice}, or choose another engine`, value);
+    refuseEmulated(draft, field, given, advice, value);
   if (typeof props.cpus === "number" && props.cpus !== 1) {
     refuse("cpus", "one vCPU", "leave cpus out", props.cpus);
   }
@@ -579,12 +597,18 @@ class Driver {
     for (const draft of drafts) {
       const { image } = draft.props;
       const builder = builders.get(image?.type);
-      if (!builder?.fingerprint) continue;
       try {
-        draft.props = {
-          ...draft.props,
-          image: { ...image, fingerprint: await builder.fingerprint(image, context) },
-        };
+        const fingerprint = await builder?.fingerprint?.(image, context);
+        if (fingerprint !== undefined) draft.props = { ...draft.props, image: { ...image, fingerprint } };
+        // Another image is another machine, for which auto() chooses anew.
+        if (draft.props.engine?.type === "emulated" && await builder?.is64Bit?.(image)) {
+          refuseEmulated(
+            draft,
+            "image",
+            "a 32-bit processor, and its programs take a 64-bit one",
+            "take another",
+          );
+        }
       } catch (error) {
         draft.report("image", error instanceof Error ? error.message : String(error));
       }
@@ -613,7 +637,7 @@ class Driver {
     const seen = new Set<string>();
     for (const { address, props, references, recorded } of instances) {
       if (props.power === "stopped" || isUnknown(props.engine)) continue;
-      const needs = this.#needs(props, references);
+      const needs = await this.#needs(props, references);
       const current = this.#current(props.engine, recorded?.engine);
       const key = JSON.stringify([props.engine, needs, current?.name]);
       if (seen.has(key)) continue;
@@ -759,11 +783,11 @@ class Driver {
     const current = this.#current(choice, request.outputs?.engine);
     if (current) return current;
     const references = new Map([...request.dependencies].map(([address, { props }]) => [address, props]));
-    return await this.#chooseEngine(request.props, this.#needs(request.props, references), request);
+    return await this.#chooseEngine(request.props, await this.#needs(request.props, references), request);
   }
 
   /** Tells what a machine asks of its engine; what is not known yet is left out. */
-  #needs(props: VmNormalProps, references: Draft["references"]): MachineNeeds {
+  async #needs(props: VmNormalProps, references: Draft["references"]): Promise<MachineNeeds> {
     const of = <Props>(reference: ResourceReference) =>
       (isUnknown(reference) ? undefined : references.get(reference.$resource)) as Partial<Props> | undefined;
     const nics = Object.values(props.nics ?? {});
@@ -775,7 +799,7 @@ class Driver {
       hasFirmware: !props.kernel && (builder?.needsFirmware?.(props.image) ?? false),
       memory: parseSize(props.maxMemory),
       is64Bit: props.image.arch === "amd64" || props.kernel?.arch === "amd64" ||
-        props.kernel?.type === "host",
+        props.kernel?.type === "host" || (await builder?.is64Bit?.(props.image) ?? false),
       hasQcow2: props.image.disk !== undefined && props.image.format === "qcow2" ||
         Object.values(props.disks ?? {}).some(({ disk }) => of<DiskProps>(disk)?.format === "qcow2"),
     };

@@ -216,6 +216,42 @@ Deno.test("a host is asked before anything is changed, with all that is known, a
   assert.deepEqual(await run("xen", plain, 2), ["xen: yes"]);
 });
 
+Deno.test("an image of 64-bit programs is refused for an emulated machine, and auto() takes another engine", async () => {
+  const emulated = {
+    name: "emulated",
+    probe: ({ needs }: { needs: MachineNeeds }) =>
+      Promise.resolve({ engine: "emulated", isUsable: !needs.is64Bit, detail: "32 bits", findings: [] }),
+  } as unknown as Engine;
+  const { prepare, preflight } = vmKind({
+    paths: { data: "/data", cache: "/cache" },
+    engines: [emulated],
+    images: [{ ...appliance, is64Bit: (recipe) => Promise.resolve(recipe.path === "/64") }],
+    kernels: [],
+  });
+  const run = async (path: string, type: string) => {
+    const problems: string[] = [];
+    const draft: Draft<VmNormalProps, VmOutputs> = {
+      ...{ address: "a", stack: "s", recorded: undefined, references: new Map() },
+      props: {
+        ...{ cpus: 1, memory: "64MiB", maxMemory: "64MiB", image: { type: "image", path, kernel: {} } },
+        engine: { type },
+      } as unknown as VmNormalProps,
+      report: (field, reason) => void problems.push(`${field}: ${reason}`),
+    };
+    await prepare!([draft]);
+    await preflight!([draft], new AbortController().signal).catch((error) => problems.push(error.message));
+    return problems;
+  };
+  const reason = 'Cannot run "a" as no engine can run it here: emulated: 32 bits';
+  assert.deepEqual(await run("/64", "emulated"), [
+    'image: Engine "emulated" gives a machine a 32-bit processor, and its programs take a 64-bit one: ' +
+    "take another, or choose another engine",
+    reason,
+  ]);
+  assert.deepEqual(await run("/64", "auto"), [reason]);
+  for (const type of ["emulated", "auto"]) assert.deepEqual(await run("/32", type), []);
+});
+
 Deno.test("what takes an agent of ours is refused for images that have none", async () => {
   const foreign = vmKind({
     paths: { data: "/data", cache: "/cache" },
