@@ -8,9 +8,10 @@ import { createHash, randomBytes } from "node:crypto";
 import { Xen, Xenstore } from "../../ffi/xen/mod.ts";
 import { debianBuilder } from "../../stdlib/mod.ts";
 import { unpackKernel } from "../../vmm/images/kernel_image.ts";
+import { DiskLock } from "../../vmm/devices/block_file.ts";
 import { cpioArchive, hostPaths } from "../../vmm/mod.ts";
 import { buildDomain, destroyDomain } from "../../vmm/xen/domain.ts";
-import { sweepDomains } from "../../vmm/xen/launch.ts";
+import { launchDomain, sweepDomains, xenFiles } from "../../vmm/xen/launch.ts";
 import { delay, findMachine, inGuest, waitForEnd } from "../contract.ts";
 import { Place } from "../support.ts";
 
@@ -22,8 +23,14 @@ const OURS = "68797065-7274-6f70-";
 /** At how many moments `apply` is killed. */
 const KILLS = 4;
 
-/** A place that leaves no domain either, whatever went wrong in it. */
+/** A place that leaves no domain either, whatever went wrong in it. A symbolic link leads to it, as to many a home. */
 class XenPlace extends Place {
+  constructor() {
+    super();
+    Deno.mkdirSync(`${this.folder}/real`);
+    Deno.symlinkSync(`${this.folder}/real`, this.home);
+  }
+
   override async [Symbol.asyncDispose](): Promise<void> {
     if ((await this.leftovers()).some((path) => path !== "network.lock")) {
       await this.run(["destroy", "--yes"], { code: null });
@@ -107,10 +114,10 @@ async function assertOne(place: Place): Promise<void> {
   assert.equal(identities!.length, 1);
   assert.deepEqual(links!.map((name) => name.replace(/^ht-.*/, "a bridge")), ["a bridge", `vif${domid}.0`]);
   const files = await place.leftovers();
-  assert.deepEqual(
-    loops,
-    files.filter((path) => path.endsWith(".raw")).map((path) => `${place.home}/${path}`),
-  );
+  const disks = files.filter((path) => path.endsWith(".raw")).map((path) => `${place.folder}/real/${path}`);
+  assert.deepEqual(loops, disks);
+  // Machines of other engines, and QEMU, see that it is in use.
+  assert.throws(() => new DiskLock(disks[0]!, true), /another process writes to it/);
   assert.deepEqual([...new Set(served!.map((each) => each.split(" ").at(-1)))], [domid]);
   assert.equal((await place.processes()).length, 1);
 }
@@ -159,14 +166,20 @@ async function declareSmall(place: Place, power = "running"): Promise<{ kernel: 
   return guest;
 }
 
-const declaration = (options: { cpus?: number; engine?: string } = {}) => `
+const declaration = (options: { cpus?: number; engine?: string; port?: number; power?: string } = {}) => `
   const lan = network({ cidr: "10.42.0.0/24", nat: false });
   const data = disk({ size: "64MiB", filesystem: "ext4" });
   const web = vm({
     cpus: ${options.cpus ?? 1}, memory: "96MiB", image: debian(),
     engine: ht.xen(${options.engine ?? ""}),
     disks: { data: { disk: data, mount: "/data" } },
-    nics: { eth0: lan.nic({ ip: "10.42.0.10", forwards: { http: { guest: 80 } } }) },
+    nics: {
+      eth0: lan.nic({
+        ip: "10.42.0.10",
+        forwards: { http: { guest: 80${options.port === undefined ? "" : `, host: ${options.port}`} } },
+      }),
+    },
+    power: "${options.power ?? "running"}",
     command: "httpd -f -h /data",
     ready: tcp(80),
   });
@@ -215,6 +228,12 @@ Deno.test("a stock Debian guest lives its life, beside xl", async (test) => {
   await step("weight, cap, pinning and vCPUs change live", async () => {
     const before = await bootId();
     assert.match(await host("xl", "sched-credit2", "-d", "test-web"), /test-web +\d+ +256 +0\n/);
+    await place.declare(declaration({ engine: "{ maxCpus: 2, pin: [4000] }" }));
+    const { stderr } = await place.run(["plan"], { code: 1 });
+    assert.match(
+      stderr,
+      /Cannot run "web" as .*xen: its pin names the processor 4000, and the last one of this/,
+    );
     const engine = "{ maxCpus: 2, weight: 512, cap: 80, pin: [0] }";
     await place.declare(declaration({ engine, cpus: 2 }));
     assert.match((await place.run(["plan"])).stdout, /~ web +live /);
@@ -280,6 +299,36 @@ Deno.test("a stock Debian guest lives its life, beside xl", async (test) => {
     await assertOne(place);
   });
 
+  await step(
+    "without its keeper it goes on, and another one gets another port",
+    async () => {
+      const [before, url] = [await bootId(), (await place.run(["output", "url"])).stdout.trim()];
+      await killKeeper(place);
+      await place.hasDrift(/~ web +vm +power running → crashed/);
+      using _other = Deno.listen({ hostname: "127.0.0.1", port: Number(new URL(url).port) });
+      const free = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+      const { port } = free.addr;
+      free.close();
+      await place.declare(declaration({ port }));
+      await place.run(["apply", "--yes", "--max-disruption=live"]);
+      assert.equal(await bootId(), before);
+      const response = await fetch(`http://127.0.0.1:${port}/file`);
+      assert.equal(digest(new Uint8Array(await response.arrayBuffer())), digest(bytes));
+      await assertOne(place);
+    },
+  );
+
+  await step("nor is its power cut when it is to be stopped without one", async () => {
+    await inWeb("echo stopped >/data/last");
+    await killKeeper(place);
+    await place.declare(declaration({ power: "stopped" }));
+    await place.run(["apply", "--yes"]);
+    assert.deepEqual({ ...await inventory(), links: [] }, NOTHING);
+    await place.declare(declaration());
+    await place.run(["apply", "--yes"]);
+    assert.equal(await inWeb("cat /data/last"), "stopped\n");
+  });
+
   await step("a guest that powers off is seen as stopped, and nothing of it is left but files", async () => {
     await tell("poweroff");
     await stopped(await web());
@@ -298,6 +347,14 @@ Deno.test("a stock Debian guest lives its life, beside xl", async (test) => {
 async function xenstored(): Promise<{ readonly pid: number; readonly program: string }> {
   const pid = Number(await Deno.readTextFile("/run/xen/xenstored.pid"));
   return { pid, program: await Deno.readLink(`/proc/${pid}/exe`) };
+}
+
+/** Ends the process that keeps a machine's consoles, as a fault of its own would. */
+async function killKeeper(place: Place): Promise<void> {
+  const [keeper, ...others] = await place.processes(/keeper_main/);
+  assert.deepEqual(others, []);
+  Deno.kill(keeper!, "SIGKILL");
+  await waitForEnd([keeper!]);
 }
 
 /** Waits until nothing runs a machine any more. */
@@ -420,7 +477,37 @@ Deno.test("apply is killed at many moments, and another one repairs what it left
   }
 });
 
-Deno.test("domains that come and go leave all memory as it was", async () => {
+Deno.test("a domain that was built and never let run is made anew", async () => {
+  await using place = new XenPlace();
+  await declareSmall(place);
+  await place.run(["apply", "--yes"]);
+  const machine = await findMachine(place, "xen", "web");
+  const spec = (await machine.spec())!;
+  await machine.kill();
+  {
+    using xen = Xen.open();
+    using xenstore = await Xenstore.connect();
+    // Whoever builds it dies just before.
+    const dying = new Proxy(xen, {
+      get(target, name) {
+        const value = Reflect.get(target, name, target);
+        return name === "unpause" ? () => {} : typeof value === "function" ? value.bind(target) : value;
+      },
+    });
+    const paths = { ...hostPaths(), data: place.home };
+    await launchDomain({ xen: dying, xenstore, paths }, spec, xenFiles(paths, spec.id), {});
+  }
+  assert.match((await domains())[0]!.state, /p/);
+  await place.hasDrift(/~ web +vm +power running → stopped/);
+  await place.run(["apply", "--yes"]);
+  await assertOne(place);
+  await place.run(["destroy", "--yes"]);
+  await assertGone(place);
+});
+
+Deno.test("domains that come and go leave all memory as it was", comeAndGo);
+
+async function comeAndGo(): Promise<void> {
   const folder = await Deno.makeTempDir({ prefix: "ht-" });
   try {
     using xen = Xen.open();
@@ -468,9 +555,9 @@ Deno.test("domains that come and go leave all memory as it was", async () => {
   } finally {
     await Deno.remove(folder, { recursive: true });
   }
-});
+}
 
-Deno.test("a disk that somebody else has attached is refused, and stays attached", async () => {
+Deno.test("a disk that somebody else uses is refused, and stays theirs", async () => {
   await using place = new XenPlace();
   await declareSmall(place, "stopped");
   await place.run(["apply", "--yes"]);
@@ -483,22 +570,30 @@ Deno.test("a disk that somebody else has attached is refused, and stays attached
       stderr,
       new RegExp(`Cannot give the disk "data" to a domain as "${file}" is attached to ${device} already`),
     );
-    assert.deepEqual(await inventory(), { ...NOTHING, loops: [file] });
+    assert.deepEqual(await inventory(), { ...NOTHING, loops: [Deno.realPathSync(file)] });
     assert.deepEqual(await place.processes(), []);
   } finally {
     await host("losetup", "-d", device);
+  }
+  {
+    using _lock = new DiskLock(file, false);
+    const { stderr } = await place.run(["apply", "--yes"], { code: 1 });
+    assert.match(stderr, /Cannot give the disk "data" to a domain: .* as another process has it open/);
+    assert.deepEqual(await inventory(), NOTHING);
   }
   await place.run(["destroy", "--yes"]);
   await assertGone(place);
 });
 
 // The last one: Linux does not tell a xenstored that was started anew what it waits for.
-Deno.test("without xenstored nothing is begun, and the error names it", async () => {
+Deno.test("without xenstored nothing is begun, the error names it, and any other one will do", async () => {
   await using place = new XenPlace();
   await declareSmall(place);
   const { pid, program } = await xenstored();
   Deno.kill(pid, "SIGKILL");
   await waitForEnd([pid]);
+  const folder = program.replace(/[^/]*$/, "");
+  const other = `${folder}${program.endsWith("/oxenstored") ? "xenstored" : "oxenstored"}`;
   try {
     const { stderr } = await place.run(["apply", "--yes"], { code: 1 });
     assert.match(stderr, /Cannot run "web" as .*xenstored/);
@@ -506,13 +601,15 @@ Deno.test("without xenstored nothing is begun, and the error names it", async ()
     assert.deepEqual(await place.leftovers(), []);
   } finally {
     await Deno.remove("/run/xenstored/socket").catch(() => {});
-    await host(program, "--pid-file", "/run/xen/xenstored.pid");
+    await host(other, "--pid-file", "/run/xen/xenstored.pid");
     const limit = AbortSignal.timeout(60_000);
     while (!(await Deno.stat("/run/xenstored/socket").then(() => true, () => false))) {
       limit.throwIfAborted();
       await delay(50);
     }
-    await host(program.replace(/[^/]*$/, "xen-init-dom0"));
+    await host(`${folder}xen-init-dom0`);
   }
-  using _xenstore = await Xenstore.connect();
+  assert.equal((await xenstored()).program, other);
+  // What takes no device works with it.
+  await comeAndGo();
 });
