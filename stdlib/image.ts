@@ -85,8 +85,12 @@ export const imageBuilder: ImageBuilder = {
   type: "image",
   isForeign: true,
   needsFirmware: (recipe) => recipe.kernel === undefined,
+  check,
   async fingerprint(recipe): Promise<string | undefined> {
-    const keys = await check(recipe);
+    const keys: string[] = [];
+    for (const { path, sha256 } of sources(recipe)) {
+      if (path !== undefined && sha256 === undefined) keys.push((await look(path)).key);
+    }
     return keys.length === 0 ? undefined : storeKey(...keys);
   },
   async build(recipe, context): Promise<BuiltImage> {
@@ -108,19 +112,18 @@ export const imageBuilder: ImageBuilder = {
   },
 };
 
-/**
- * Refuses what is plainly wrong, without downloads and without reading whole files.
- *
- * @returns What tells each local file whose content no checksum tells from what it may be later
- */
-async function check(recipe: Chosen): Promise<string[]> {
+function sources(recipe: Chosen): Source[] {
   const { disk, kernel, initramfs } = recipe as Record<string, Source | undefined>;
+  return [disk, kernel, initramfs].filter((source) => source !== undefined);
+}
+
+/** Refuses what is plainly wrong, without downloads and without reading whole files. */
+async function check(recipe: Chosen): Promise<void> {
+  const { disk, kernel } = recipe as Record<string, Source | undefined>;
   if (!disk && !kernel) {
     throw new MachineError("Cannot build an image without a disk and without a kernel: give one");
   }
-  const keys: string[] = [];
-  for (const source of [disk, kernel, initramfs]) {
-    if (!source) continue;
+  for (const source of sources(recipe)) {
     const { path, url, sha256 } = source;
     if (url !== undefined) {
       if (sha256 !== undefined) continue;
@@ -131,9 +134,7 @@ async function check(recipe: Chosen): Promise<string[]> {
     }
     const file = await look(path);
     if (source === disk) capacity(file, recipe.format as Format);
-    if (sha256 === undefined) keys.push(file.key);
   }
-  return keys;
 }
 
 async function fetchFile(source: Source, context: BuildContext): Promise<{ path: string; key: string }> {

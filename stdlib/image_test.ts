@@ -30,7 +30,7 @@ function recipe(options: object): Chosen {
   return { type: "image", format: "qcow2", ...options };
 }
 
-Deno.test("what is plainly wrong with an image is refused by its fingerprint as by its build, in the same words", () =>
+Deno.test("what is plainly wrong with an image is refused before its build as by it, in the same words", () =>
   withFiles(async (folder, context) => {
     const kernel = { path: `${folder}/kernel` };
     const cases: readonly [options: object, message: string | RegExp][] = [
@@ -58,10 +58,7 @@ Deno.test("what is plainly wrong with an image is refused by its fingerprint as 
       ]),
     ];
     for (const [options, message] of cases) {
-      await assert.rejects(imageBuilder.fingerprint!(recipe(options), context), {
-        name: "MachineError",
-        message,
-      });
+      await assert.rejects(imageBuilder.check!(recipe(options)), { name: "MachineError", message });
       await assert.rejects(imageBuilder.build(recipe(options), context), { name: "MachineError", message });
     }
   }));
@@ -90,10 +87,11 @@ Deno.test("the fingerprint of an image follows its local files, and only those w
 
     // Their recipe tells their content, and nothing is read to compare it.
     assert.equal(await fingerprint({ kernel: download }), undefined);
-    assert.equal(
-      await fingerprint({ disk: { path, sha256: ZEROS }, format: "raw", kernel: download }),
-      undefined,
-    );
+    const known = { disk: { path, sha256: ZEROS }, format: "raw", kernel: download };
+    assert.equal(await fingerprint(known), undefined);
+    await Deno.remove(path);
+    assert.equal(await fingerprint(known), undefined);
+    await assert.rejects(fingerprint(local), /it does not exist/);
   }));
 
 Deno.test("an image of local files is built where they are", () =>

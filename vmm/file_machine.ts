@@ -170,8 +170,9 @@ export abstract class FileMachine<Files extends MachineFiles> implements Machine
     options: OperationOptions & { shutdownTimeout?: number } = {},
   ): Promise<UpdateResult> {
     using _lock = await this.#lock(options);
+    const found = await this.spec();
+    if (found && await this.isAlive()) await this.mend(found, spec, options);
     const current = await this.spec();
-    if (current && await this.isAlive()) await this.mend(current, spec, options);
     const { state, pid } = await this.status();
     if (!current || state === "stopped" || state === "absent" || state === "crashed") {
       if (state === "crashed" || pid !== undefined) await this.killNow();
@@ -339,16 +340,17 @@ export abstract class FileMachine<Files extends MachineFiles> implements Machine
 
   async #shutdown(timeout: number, options: OperationOptions): Promise<void> {
     const spec = await this.spec();
-    const isAlive = await this.isAlive();
-    if (spec && isAlive) {
-      await this.mend(spec, spec, options).catch((error) => {
+    if (spec && await this.isAlive()) {
+      // Whoever is about to stop needs no ports, which others may have by now.
+      const last = { ...spec, nics: spec.nics.map((nic) => ({ ...nic, forwards: [] })) };
+      await this.mend(spec, last, options).catch((error) => {
         if (options.signal?.aborted) throw error;
         options.report?.(error instanceof Error ? error.message : String(error));
       });
     }
     const { state } = await this.status();
     if (state === "crashed") return await this.killNow();
-    if (!isAlive) return;
+    if (!(await this.isAlive())) return;
     options.report?.("shutting down");
     const deadline = Date.now() + timeout;
     try {

@@ -321,8 +321,13 @@ Deno.test("a stock Debian guest lives its life, beside xl", async (test) => {
   await step("nor is its power cut when it is to be stopped without one", async () => {
     await inWeb("echo stopped >/data/last");
     await killKeeper(place);
-    await place.declare(declaration({ power: "stopped" }));
-    await place.run(["apply", "--yes"]);
+    // Another one cannot have its port any more, and needs none.
+    const url = (await place.run(["output", "url"])).stdout.trim();
+    {
+      using _other = Deno.listen({ hostname: "127.0.0.1", port: Number(new URL(url).port) });
+      await place.declare(declaration({ power: "stopped" }));
+      await place.run(["apply", "--yes"]);
+    }
     assert.deepEqual({ ...await inventory(), links: [] }, NOTHING);
     await place.declare(declaration());
     await place.run(["apply", "--yes"]);

@@ -76,13 +76,20 @@ export interface ImageBuilder {
    */
   needsFirmware?(recipe: Chosen): boolean;
   /**
+   * Looks cheaply whether it is plain already that the image cannot be built. It runs before a machine is made of it.
+   *
+   * @param recipe What to build
+   * @throws {MachineError} If it cannot be built, and why
+   */
+  check?(recipe: Chosen): Promise<void>;
+  /**
    * Tells cheaply what the image would be made of now, for sources that change by themselves. Another answer recreates
    * the machine. It runs whenever a stack is validated or planned, so it reads no whole files and downloads nothing.
    *
    * @param recipe What to build
    * @param context Cache, signal and progress
    * @returns The answer; undefined where the recipe tells all of it
-   * @throws {MachineError} If it is plain already that the image cannot be built
+   * @throws {MachineError} If that cannot be told
    */
   fingerprint?(recipe: Chosen, context: BuildContext): Promise<string | undefined>;
   /**

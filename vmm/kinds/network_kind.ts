@@ -17,7 +17,9 @@ export function networkKind(): Kind<NetworkProps, Record<never, never>> {
   return {
     ...networkDefinition,
     replace: "create-first",
-    disruption: () => ({ class: "recreate", mechanism: "new network" }),
+    // Networks had an option of this name once.
+    disruption: ({ field }) =>
+      field === "dhcp" ? { class: "none" } : { class: "recreate", mechanism: "new network" },
     observe: (instances) =>
       Promise.resolve(new Map(instances.filter((each) => each.outputs).map((each) => [each.address, {}]))),
     ensure: () => Promise.resolve({}),

@@ -598,6 +598,8 @@ class Driver {
       const { image } = draft.props;
       const builder = builders.get(image?.type);
       try {
+        // What a machine on record was made of it has for itself.
+        if (!draft.recorded) await builder?.check?.(image);
         const fingerprint = await builder?.fingerprint?.(image, context);
         if (fingerprint !== undefined) draft.props = { ...draft.props, image: { ...image, fingerprint } };
         // Another image is another machine, for which auto() chooses anew.
@@ -639,7 +641,7 @@ class Driver {
       if (props.power === "stopped" || isUnknown(props.engine)) continue;
       const needs = await this.#needs(props, references);
       const current = this.#current(props.engine, recorded?.engine);
-      const key = JSON.stringify([props.engine, needs, current?.name]);
+      const key = JSON.stringify([props.engine, needs, props.image.arch, props.kernel?.arch, current?.name]);
       if (seen.has(key)) continue;
       seen.add(key);
       try {
@@ -797,7 +799,7 @@ class Driver {
       hasNics: nics.length > 0,
       hasNat: nics.some(({ network }) => of<NetworkProps>(network)?.nat ?? true),
       hasFirmware: !props.kernel && (builder?.needsFirmware?.(props.image) ?? false),
-      memory: parseSize(props.maxMemory),
+      memory: knownSize(props.maxMemory) ?? 0,
       is64Bit: props.image.arch === "amd64" || props.kernel?.arch === "amd64" ||
         props.kernel?.type === "host" || (await builder?.is64Bit?.(props.image) ?? false),
       hasQcow2: props.image.disk !== undefined && props.image.format === "qcow2" ||

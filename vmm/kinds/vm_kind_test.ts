@@ -189,7 +189,8 @@ Deno.test("a host is asked before anything is changed, with all that is known, a
   const run = async (recorded: string | undefined, references: Record<string, object>, cpus = 1) => {
     asked.length = 0;
     const props = {
-      ...{ cpus, memory: "64MiB", maxMemory: "64MiB", image: { type: "debian" }, engine: { type: "auto" } },
+      ...{ cpus, memory: "64MiB", maxMemory: typeof cpus === "number" ? "64MiB" : cpus },
+      ...{ image: { type: "debian" }, engine: { type: "auto" } },
       ...{ disks: { data: { disk } }, nics: { eth0: { network } } },
     } as unknown as VmNormalProps;
     const instance = {
@@ -214,6 +215,8 @@ Deno.test("a host is asked before anything is changed, with all that is known, a
     'Cannot run "a" as no engine can run it here: qemu: one vCPU',
   ]);
   assert.deepEqual(await run("xen", plain, 2), ["xen: yes"]);
+  // What is not known yet is asked again when it is.
+  assert.deepEqual(await run(undefined, {}, { $unknown: true } as never), ["xen: no NAT", "qemu: yes"]);
 });
 
 Deno.test("an image of 64-bit programs is refused for an emulated machine, and auto() takes another engine", async () => {
@@ -250,6 +253,28 @@ Deno.test("an image of 64-bit programs is refused for an emulated machine, and a
   ]);
   assert.deepEqual(await run("/64", "auto"), [reason]);
   for (const type of ["emulated", "auto"]) assert.deepEqual(await run("/32", type), []);
+});
+
+Deno.test("an image is looked at before a machine is made of it, and not again", async () => {
+  const { prepare } = vmKind({
+    paths: { data: "/data", cache: "/cache" },
+    engines: [],
+    images: [{ ...appliance, check: () => Promise.reject(new Error("it is not there")) }],
+    kernels: [],
+  });
+  const run = async (recorded?: VmOutputs) => {
+    const problems: string[] = [];
+    await prepare!([{
+      ...{ address: "a", stack: "s", recorded, references: new Map() },
+      props: {
+        ...{ cpus: 1, memory: "64MiB", image: { type: "image" }, engine: { type: "qemu" } },
+      } as unknown as VmNormalProps,
+      report: (field, reason) => void problems.push(`${field}: ${reason}`),
+    }]);
+    return problems;
+  };
+  assert.deepEqual(await run(), ["image: it is not there"]);
+  assert.deepEqual(await run({ engine: "qemu" } as VmOutputs), []);
 });
 
 Deno.test("what takes an agent of ours is refused for images that have none", async () => {

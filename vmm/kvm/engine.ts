@@ -19,7 +19,7 @@ import { MachineError } from "../errors.ts";
 import { delay, killProcess, listMachines, machineIds, readJson } from "../file_machine.ts";
 import { lockFile, removeIfThere } from "../files.ts";
 import { tailOf } from "../machine_files.ts";
-import { canUseTap, hasNft, NO_NFT, tapName } from "../net/host_network.ts";
+import { canUseTap, lackOfNft, tapName } from "../net/host_network.ts";
 import { bridgeOf, hostNetwork, releaseBridges } from "../net/machine_bridges.ts";
 import { hostPaths, type Paths } from "../paths.ts";
 import { kvmKey, probeOncePerKey } from "../probe_cache.ts";
@@ -89,12 +89,12 @@ export class KvmEngine implements Engine {
       ? device.detail
       : needs?.hasNics && !network.isUsable
       ? `its NICs need taps: ${network.detail}`
-      : needs?.hasNat && !(await hasNft())
-      ? NO_NFT
       : needs?.hasFirmware
       ? "it has no firmware to boot a disk by: give the machine a kernel"
       : (needs?.cpus ?? 1) > MAX_VCPUS
       ? `it runs at most ${MAX_VCPUS} vCPUs`
+      : needs?.hasNics
+      ? await lackOfNft(needs.hasNat)
       : undefined;
     return { engine: "kvm", isUsable: reason === undefined, detail: reason ?? device.detail, findings };
   }

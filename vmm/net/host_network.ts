@@ -78,16 +78,25 @@ export function canUseTap(): { isUsable: boolean; detail: string } {
   return { isUsable: true, detail: `taps and bridges can be made; ${server}` };
 }
 
-/** Why a machine with a network of NAT cannot be here. */
-export const NO_NFT =
-  "its NICs need NAT, and nft is not installed: apt-get install nftables, or set nat: false";
-
 /**
- * Tells whether the program that sets rules for NAT is there.
+ * Tells why a machine with NICs cannot be here for want of the program that sets rules for them.
  *
- * @returns Whether it is
+ * @param hasNat Whether a NIC leads outside
+ * @returns The reason; undefined where nothing is wanting
  */
-export async function hasNft(): Promise<boolean> {
+export async function lackOfNft(hasNat: boolean): Promise<string | undefined> {
+  if (!hasNat && !isForwarding() || await hasNft()) return undefined;
+  return hasNat
+    ? "its NICs need NAT, and nft is not installed: apt-get install nftables, or set nat: false"
+    : "this host forwards packets, and nft, which keeps them from its NICs, is not installed: apt-get install nftables";
+}
+
+/** Whether the host passes packets on between its networks. */
+function isForwarding(): boolean {
+  return Deno.readTextFileSync(FORWARDING).trim() !== "0";
+}
+
+async function hasNft(): Promise<boolean> {
   for (const program of NFT_PROGRAMS) {
     try {
       const { success } = await new Deno.Command(program, {
@@ -297,11 +306,10 @@ async function applyRules(nft: Nft, { name, nat, ...spec }: BridgeSpec): Promise
   try {
     await nft.run(`${withoutTable(name)}${table.join("\n")}\n`);
   } catch (error) {
-    const isForwarding = Deno.readTextFileSync(FORWARDING).trim() !== "0";
     // A host that forwards nothing needs no rules to keep guests inside.
-    if (!(error instanceof NftMissingError) || nat || isForwarding) throw error;
+    if (!(error instanceof NftMissingError) || nat || isForwarding()) throw error;
   }
-  if (!nat || Deno.readTextFileSync(FORWARDING).trim() === "1") return;
+  if (!nat || isForwarding()) return;
   try {
     Deno.writeTextFileSync(FORWARDING, "1");
   } catch (cause) {

@@ -21,7 +21,7 @@ import { MachineError } from "../errors.ts";
 import { delay, FileMachine, killProcess, machineIds, readJson } from "../file_machine.ts";
 import { exists, removeIfThere, writeWhole } from "../files.ts";
 import { findPanic, tailOf } from "../machine_files.ts";
-import { hasNft, NO_NFT } from "../net/host_network.ts";
+import { lackOfNft } from "../net/host_network.ts";
 import { releaseBridges } from "../net/machine_bridges.ts";
 import { hostPaths, type Paths } from "../paths.ts";
 import { startError } from "../supervised_machine.ts";
@@ -95,8 +95,8 @@ export class XenEngine implements Engine {
       ? `it runs at most ${XEN_MAX_CPUS} vCPUs`
       : absent !== undefined
       ? `its pin names the processor ${absent}, and the last one of this host is ${processors - 1}`
-      : needs?.hasNat && !(await hasNft())
-      ? NO_NFT
+      : needs?.hasNics
+      ? await lackOfNft(needs.hasNat)
       : undefined;
     return { engine: "xen", isUsable: reason === undefined, detail: reason ?? hypervisor.detail, findings };
   }

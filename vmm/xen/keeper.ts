@@ -171,7 +171,7 @@ async function attach(
 ): Promise<AsyncDisposable & { readonly flush: () => void }> {
   const { xen, xenstore, eventChannels, consoles, log, spec } = parts;
   const domid = run.domid!;
-  if (!(await xenstore.isIntroduced(domid))) {
+  if (xen.domain(domid)?.isDying === false && !(await xenstore.isIntroduced(domid))) {
     throw new MachineError(
       "xenstored was started anew and does not know the domain: shut the guest down, restart the host, then run apply",
     );
