@@ -40,7 +40,7 @@ export interface PortForward {
 
 /** A port that is listened on. */
 export interface Listener {
-  /** Where it leads; may change. */
+  /** Where it leads; may change, which moves UDP peers there, and leaves TCP connections where they are. */
   forward: PortForward;
   /** Ends it with its connections; the port is free when this is done. */
   close(): void | Promise<void>;
@@ -92,7 +92,7 @@ export class PortForwards implements Disposable {
 
   /**
    * Makes the forwards be these: what is no more in the list ends with its connections, what is new begins, and what has
-   * another guest leads new connections there.
+   * another guest leads new connections and all UDP peers there.
    *
    * @param forwards All forwards
    * @throws {MachineError} If a port cannot be had; those before it in the list work then
@@ -188,10 +188,11 @@ function listenForHost(forward: PortForward): Promise<Listener> {
   return listenUdp(forward, ({ guest, guestIp }, onAnswer, onEnd) => {
     // The guest sees each peer as a port of the host of its own.
     const socket = openUdp(guestIp);
+    const guestAddress = canonicalAddress(guestIp);
     socket.on("error", onEnd);
     socket.on("message", (data, { address, port }) => {
       // Anybody may send to this port of the host; only the guest may answer.
-      if (address === guestIp && port === guest) onAnswer(data);
+      if (canonicalAddress(address) === guestAddress && port === guest) onAnswer(data);
     });
     return { send: (data) => send(socket, data, guest, guestIp), close: () => void socket.close() };
   });
@@ -283,8 +284,17 @@ export async function listenUdp(forward: PortForward, open: OpenDatagrams): Prom
     const flow = datagrams && { ...datagrams, timer: setTimeout(() => end(key), FLOW_TIMEOUT) };
     return flow;
   };
+  let current = forward;
   const listener: Listener = {
-    forward,
+    get forward() {
+      return current;
+    },
+    set forward(next) {
+      const isMoved = next.guest !== current.guest || next.guestIp !== current.guestIp;
+      current = next;
+      // A peer that never falls silent would reach the former guest for ever.
+      for (const key of isMoved ? [...flows.keys()] : []) end(key);
+    },
     close() {
       socket.close();
       for (const key of [...flows.keys()]) end(key);
@@ -318,11 +328,35 @@ export async function listenUdp(forward: PortForward, open: OpenDatagrams): Prom
  */
 export function limitedSender(): SendDatagram {
   let sending = 0;
+  const counts = new WeakMap<Datagrams, number>();
+  const count = (socket: Datagrams, change: number) => {
+    sending += change;
+    counts.set(socket, (counts.get(socket) ?? 0) + change);
+  };
   return (socket, data, port, address) => {
     if (sending >= MAX_SENDING) return;
-    sending++;
-    socket.send(data, port, address, () => void sending--);
+    // A socket that closes never tells what became of the datagrams that it still had.
+    if (!counts.has(socket)) {
+      socket.once("close", () => {
+        sending -= counts.get(socket) ?? 0;
+        counts.delete(socket);
+      });
+    }
+    count(socket, 1);
+    socket.send(data, port, address, () => {
+      if (counts.has(socket)) count(socket, -1);
+    });
   };
+}
+
+/**
+ * Writes an address as it is compared: IPv6 has many ways to write one, and answers come without a zone.
+ *
+ * @param address The address
+ * @returns The same text for the same address, to compare only
+ */
+export function canonicalAddress(address: string): string {
+  return isIPv6(address) ? new URL(`http://[${address.replace(/%.*/, "")}]/`).hostname : address;
 }
 
 /**

@@ -1,8 +1,8 @@
 import assert from "node:assert/strict";
-import { createSocket, type Socket } from "node:dgram";
+import type { Socket } from "node:dgram";
 import { once } from "node:events";
 import { MachineError } from "../errors.ts";
-import { dnsForwards, type PortForward, PortForwards } from "./forward.ts";
+import { dnsForwards, limitedSender, openUdp, type PortForward, PortForwards } from "./forward.ts";
 
 const HOST = "127.0.0.1";
 /** Loopback addresses stand for guests. */
@@ -45,7 +45,7 @@ async function ask(port: number, data: Uint8Array): Promise<Uint8Array> {
 }
 
 async function udp(address: string, port = 0): Promise<Socket> {
-  const socket = createSocket("udp4");
+  const socket = openUdp(address);
   socket.bind(port, address);
   await once(socket, "listening");
   return socket;
@@ -184,6 +184,67 @@ Deno.test("a UDP forward forgets the peer that was silent longest when there are
     assert.equal((await heard).port === ports[index], isSame);
   }
   for (const socket of [guest, ...clients]) socket.close();
+});
+
+Deno.test("a UDP forward that gets another guest takes its peers along", async () => {
+  const [one, two, client] = await Promise.all([udp(GUEST), udp(GUEST), udp(HOST)]);
+  using forwards = new PortForwards();
+  const port = freePort();
+  const heard: string[] = [];
+  const ports: number[] = [];
+  const call = async (guest: Socket) => {
+    await forwards.set([forward(port, guest.address().port, { protocol: "udp" })]);
+    const answer = hear(client);
+    client.send("call", port, HOST);
+    heard.push((await answer).text);
+  };
+  for (const [name, guest] of [["one", one], ["two", two]] as const) {
+    guest.on("message", (_, from) => {
+      ports.push(from.port);
+      guest.send(name, from.port, from.address);
+    });
+  }
+  await call(one);
+  await call(one);
+  await call(two);
+  assert.deepEqual(heard, ["one", "one", "two"]);
+  // One that stays the same goes on.
+  assert.equal(ports[0], ports[1]);
+  for (const socket of [one, two, client]) socket.close();
+});
+
+Deno.test("an IPv6 guest answers by whichever way its address is written", async () => {
+  const [guest, client] = await Promise.all([udp("::1"), udp(HOST)]);
+  guest.on("message", (data, { port, address }) => guest.send(data, port, address));
+  using forwards = new PortForwards();
+  const port = freePort();
+  for (const guestIp of ["0:0:0:0:0:0:0:1", "::0001", "::1%1"]) {
+    await forwards.set([forward(port, guest.address().port, { protocol: "udp", guestIp })]);
+    const answer = hear(client);
+    client.send(guestIp, port, HOST);
+    assert.equal((await answer).text, guestIp);
+  }
+  for (const socket of [guest, client]) socket.close();
+});
+
+Deno.test("datagrams that a closed socket still had do not count for ever", async () => {
+  const send = limitedSender();
+  for (let round = 0; round < 3; round++) {
+    const sockets = Array.from({ length: 100 }, () => openUdp(HOST));
+    const closed = Promise.all(sockets.map((socket) => once(socket, "close")));
+    for (const socket of sockets) {
+      send(socket, text("lost"), 9, HOST);
+      send(socket, text("lost"), 9, HOST);
+      socket.close();
+    }
+    await closed;
+  }
+  // All are free again, and no more than there were.
+  let sent = 0;
+  const socket = Object.assign(openUdp(HOST), { send: () => void sent++ });
+  for (let count = 0; count < 300; count++) send(socket, text("more"), 9, HOST);
+  assert.equal(sent, 256);
+  socket.close();
 });
 
 Deno.test("name servers of the host answer for both protocols, and others take over", async () => {

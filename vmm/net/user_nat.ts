@@ -12,6 +12,7 @@ import { isIPv6 } from "node:net";
 import { setTimeout as wait } from "node:timers/promises";
 import { formatIpv4, type Ipv4Network, parseCidr, parseIpv4 } from "../../dsl/mod.ts";
 import {
+  canonicalAddress,
   type GuestDatagrams,
   hostResolver,
   limitedSender,
@@ -586,7 +587,7 @@ export class UserNat implements Disposable, AsyncDisposable {
     this.#flows.delete(key);
     this.#flows.set(key, flow);
     flow.used = this.#clock.now();
-    const peer = `${target.hostname} ${target.port}`;
+    const peer = `${canonicalAddress(target.hostname)} ${target.port}`;
     flow.peers.delete(peer);
     for (const oldest of flow.peers.keys()) {
       if (flow.peers.size < MAX_PEERS) break;
@@ -618,7 +619,7 @@ export class UserNat implements Disposable, AsyncDisposable {
     };
     socket.on("error", () => this.#endFlow(key, flow));
     socket.on("message", (data, { address, port }) => {
-      const peer = flow.peers.get(`${address} ${port}`);
+      const peer = flow.peers.get(`${canonicalAddress(address)} ${port}`);
       if (!peer || this.#flows.get(key) !== flow) return;
       flow.used = this.#clock.now();
       this.#transmitDatagram({ ...peer, guestIp, guestPort }, data);

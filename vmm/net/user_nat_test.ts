@@ -9,7 +9,7 @@ import { libc, Tap } from "../../ffi/mod.ts";
 import { testInNetworkNamespace } from "../../ffi/network_namespace.ts";
 import { NET_HEADER_SIZE, NetworkInterfaces } from "../../ffi/tap.ts";
 import { MachineError } from "../errors.ts";
-import type { PortForward } from "./forward.ts";
+import { openUdp, type PortForward } from "./forward.ts";
 import {
   ARP_OPERATION,
   type ArpPacket,
@@ -780,6 +780,37 @@ function userTests(): void {
     names.close();
     // A port that only asked for a name is soon given back.
     await until(() => nat.status.flows === 0);
+  });
+
+  Deno.test("a name server answers by whichever way its address is written", async () => {
+    const names = openUdp("::1");
+    names.on("message", (data, { port, address }) => names.send(`${data} is known`, port, address));
+    names.bind(0, "::1");
+    await once(names, "listening");
+    let hostname = "";
+    const guest = new Guest({ resolver: () => ({ hostname, port: names.address().port }) });
+    await using _nat = guest.nat;
+    for (hostname of ["0:0:0:0:0:0:0:1", "::0001", "::1%1"]) {
+      assertSame((await guest.udp(DNS, 6000, 53, text("a"))).udp!.payload, text("a is known"));
+    }
+    names.close();
+  });
+
+  Deno.test("a guest that opens more UDP ports at once than it may still has names", async () => {
+    const names = await udpServer((data, port, socket) => socket.send(data, port, HOST));
+    const guest = new Guest({ resolver: () => ({ hostname: HOST, port: names.address().port }) });
+    await using nat = guest.nat;
+    for (let sourcePort = 10_000; sourcePort < 10_800; sourcePort++) {
+      nat.receive(
+        buildUdp(guest.addresses(OUTSIDE), { sourcePort, destinationPort: 9, payload: text("x") }),
+      );
+    }
+    // Sockets that made way are closed by then.
+    await wait(0);
+    nat.release("10.20.0.10");
+    await until(() => nat.status.flows === 0);
+    assertSame((await guest.udp(DNS, 6000, 53, text("a"))).udp!.payload, text("a"));
+    names.close();
   });
 
   Deno.test("a guest's UDP port is one port of the host, and hears only whom it spoke to", async () => {

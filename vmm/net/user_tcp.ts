@@ -159,7 +159,7 @@ export class TcpEndpoint {
     return this.#state === "idle" || this.#state === "syn-sent" || this.#state === "syn-received";
   }
 
-  /** Whether both directions have ended. */
+  /** Whether both directions have ended, and all bytes of the peer were taken. */
   get isOver(): boolean {
     return this.#state === "time-wait" || this.#state === "closed";
   }
@@ -241,7 +241,10 @@ export class TcpEndpoint {
     if (this.#isAborted) return;
     this.#input.consume(count);
     if (this.#isPeerEnded) {
-      if (this.#input.length === 0) this.#input.release();
+      if (this.#input.length === 0) {
+        this.#input.release();
+        this.#endIfOver();
+      }
       return;
     }
     // A window that opens a little at a time would make the peer send small segments.
@@ -288,7 +291,7 @@ export class TcpEndpoint {
   abort(): void {
     if (this.#state === "closed") return;
     if (this.#state === "open" || this.#state === "syn-received") {
-      this.#send(TCP_FLAG.RST | TCP_FLAG.ACK, this.#highest);
+      this.#send(TCP_FLAG.RST | TCP_FLAG.ACK, this.#acceptable);
     }
     this.#close(this.#state !== "time-wait");
   }
@@ -539,8 +542,16 @@ export class TcpEndpoint {
     else if (this.#isEnding) this.#send(TCP_FLAG.FIN | TCP_FLAG.ACK, this.#unacknowledged);
   }
 
+  /** The last sequence number that the peer takes: the byte that asks a closed window lies beyond it. */
+  get #acceptable(): number {
+    // The handshake is no part of any window.
+    if (this.isOpening) return this.#highest;
+    const inFlight = this.#highest - this.#unacknowledged | 0;
+    return this.#unacknowledged + Math.min(inFlight, this.#window) >>> 0;
+  }
+
   #acknowledge(): void {
-    this.#send(TCP_FLAG.ACK, this.#highest);
+    this.#send(TCP_FLAG.ACK, this.#acceptable);
   }
 
   /** Segments that come at once get one acknowledgment. */
@@ -579,6 +590,8 @@ export class TcpEndpoint {
 
   #endIfOver(): void {
     if (!this.#isPeerEnded || !this.#isEndAcknowledged || this.#state !== "open") return;
+    // As long as somebody has to take bytes, it counts as a connection.
+    if (this.#input.length > 0) return;
     this.#state = "time-wait";
     this.#arm();
   }

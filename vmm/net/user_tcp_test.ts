@@ -208,6 +208,23 @@ Deno.test("a closed window is asked for as long as it takes, by one byte", async
   assert.deepEqual(bench.sent()[0], [ACK, 2, 1, 1000]);
 });
 
+Deno.test("what is said while the window is closed lies within it", async () => {
+  const bench = Bench.open(1000, 0);
+  await bench.write(3000);
+  bench.clock.pass(1000);
+  assert.deepEqual(bench.sent(), [[ACK, 1, 1, 1]]);
+  bench.hear(ACK, 1, 1, { window: 0, payload: new Uint8Array(100) });
+  await Promise.resolve();
+  assert.deepEqual(bench.sent(), [[ACK, 1, 101, 0]]);
+  bench.endpoint.abort();
+  assert.deepEqual(bench.sent(), [[RST | ACK, 1, 101, 0]]);
+  const opening = new Bench();
+  const syn = { sourcePort: 4000, destinationPort: 80, acknowledgment: 0, flags: SYN, window: 0 };
+  opening.endpoint.accept({ ...syn, sequence: PEER, payload: new Uint8Array(0) });
+  opening.endpoint.abort();
+  assert.deepEqual(opening.sent(), [[SYN | ACK, 0, 1, 0], [RST | ACK, 1, 1, 0]]);
+});
+
 Deno.test("a peer that is silent for long is given up, with data and without", async () => {
   const idle = Bench.open();
   idle.clock.pass(299_000);
@@ -327,16 +344,27 @@ Deno.test("an end is sent behind all data, again if need be, and remembered for 
   assert.equal(bench.clock.timers, 0);
 });
 
-Deno.test("what was read is there after the end of the connection", async () => {
-  const bench = Bench.open();
-  bench.hear(ACK | FIN, 1, 1, 10);
-  bench.endpoint.end();
-  bench.hear(ACK, 12, 2);
-  bench.clock.pass(10_000);
-  assert.equal(bench.closed, 1);
-  assert.equal((await bench.endpoint.read())!.length, 10);
-  bench.endpoint.consume(10);
-  assert.equal(await bench.endpoint.read(), undefined);
+Deno.test("a connection is not over before all that came was taken", async () => {
+  const [taken, left] = [Bench.open(), Bench.open()];
+  for (const bench of [taken, left]) {
+    bench.hear(ACK | FIN, 1, 1, 10);
+    bench.endpoint.end();
+    bench.hear(ACK, 12, 2);
+    bench.clock.pass(10_000);
+    assert.deepEqual([bench.closed, bench.endpoint.isOver], [0, false]);
+  }
+  assert.equal((await taken.endpoint.read())!.length, 10);
+  taken.endpoint.consume(4);
+  assert.ok(!taken.endpoint.isOver);
+  taken.endpoint.consume(6);
+  assert.ok(taken.endpoint.isOver);
+  assert.equal(await taken.endpoint.read(), undefined);
+  taken.clock.pass(10_000);
+  assert.deepEqual([taken.closed, taken.endpoint.isAborted, taken.clock.timers], [1, false, 0]);
+  // Who still holds bytes of it hears that they count no more.
+  left.endpoint.abort();
+  assert.deepEqual([left.closed, left.endpoint.isAborted], [1, true]);
+  assert.equal(await left.endpoint.read(), undefined);
 });
 
 Deno.test("a link that takes nothing is tried again soon, and nothing is lost by it", async () => {
