@@ -83,7 +83,7 @@ Deno.test({
       await (await fetch(`http://127.0.0.1:${port}/`)).text(),
       "Hello from a machine of your own\n",
     );
-    assert.match((await place.run(["logs", "--engine", "web"], { env })).stdout, /state .* was saved to /);
+    assert.match((await place.run(["logs", "--engine", "web"], { env })).stdout, /state .* was saved/);
 
     const declaration = /const web = (vm\(\{.*\n {2}\}\));\n {2}return \{/s.exec(text)![1]!;
     await Deno.writeTextFile(
@@ -159,7 +159,7 @@ realTest(
       assert.equal(await inGuest(machine, "hostname"), "a\n");
       return (await place.run(["logs", "--engine", "a"], { env })).stdout;
     };
-    assert.match(await log(), /it boots cold[^]*state .* was saved to /);
+    assert.match(await log(), /it boots cold[^]*state .* was saved/);
     // What the cold boot has left is good.
     await machine.kill();
     assert.match(await log(), /it goes on from the saved state/);
@@ -189,6 +189,58 @@ realTest("Ctrl-C during a cold boot ends the machine, and the next apply continu
   assert.deepEqual(await servers(place), []);
   assert.deepEqual(await place.leftovers(), []);
 });
+
+realTest(
+  "a machine that goes on from a saved state sees the partitions that its disks have by now",
+  APT,
+  async () => {
+    await using place = new Place();
+    const env = await cacheWithoutStates(place);
+    await place.declare(`
+    const [data, other] = [disk({ size: "4MiB" }), disk({ size: "4MiB" })];
+    return { data, other, a: ${small("disks: { data }")}, b: ${small("disks: { other }")} };
+  `);
+    await place.run(["apply", "--yes"], { env });
+    const [a, b] = [await findMachine(place, "emulated", "a"), await findMachine(place, "emulated", "b")];
+    // A table with one Linux partition of 2048 sectors.
+    const partition = (first: number) =>
+      `printf '\\0\\0\\0\\0\\203\\0\\0\\0\\${first.toString(8)}\\0\\0\\0\\0\\010\\0\\0' |
+      dd of=/dev/vda bs=1 seek=446 2>&1 && printf '\\125\\252' | dd of=/dev/vda bs=1 seek=510 2>&1 && sync`;
+    const show = "cat /sys/class/block/vda?/start /sys/class/block/vda?/size; ls /dev/vda?";
+    await inGuest(a, partition(64));
+    await inGuest(b, partition(200));
+    for (const [machine, first] of [[a, 64], [b, 200]] as const) {
+      await machine.kill();
+      await place.run(["apply", "--yes"], { env });
+      assert.match(
+        (await place.run(["logs", "--engine", machine === a ? "a" : "b"], { env })).stdout,
+        /it goes on from the saved state/,
+      );
+      assert.equal(await inGuest(machine, show), `${first}\n2048\n/dev/vda1\n`);
+    }
+    await place.run(["destroy", "--yes"], { env });
+  },
+);
+
+realTest(
+  "a machine whose files are more than its memory holds does not start, and says why",
+  APT,
+  async () => {
+    await using place = new Place();
+    const env = await cacheWithoutStates(place);
+    const declare = (size: number) =>
+      place.declare(`{ a: ${small(`files: { "/srv/big": "x".repeat(${size}) }`)} }`);
+    await declare(40e6);
+    const { stderr } = await place.run(["apply", "--yes"], { env, code: 1 });
+    assert.match(stderr, /could not unpack its configuration and files \(.*No space left on device\)/);
+    assert.deepEqual(await place.processes(), []);
+    await declare(1e6);
+    await place.run(["apply", "--yes"], { env });
+    const machine = await findMachine(place, "emulated", "a");
+    assert.equal(await inGuest(machine, "hostname; wc -c </srv/big"), "a\n1000000\n");
+    await place.run(["destroy", "--yes"], { env });
+  },
+);
 
 realTest("a network's process that is killed is seen as drift, and apply repairs it", APT, async () => {
   await using place = new Place();

@@ -117,10 +117,16 @@ export abstract class FileMachine<Files extends MachineFiles> implements Machine
     return Promise.resolve(equal(names(current), names(spec)));
   }
 
-  /** Mends what has gone wrong around a guest that runs, before anything else is done with it; the lock is held. */
+  /**
+   * Mends what has gone wrong around a guest that runs, before anything else is done with it; the lock is held.
+   *
+   * @param current What it is made of
+   * @param spec What it should be made of; undefined where it is to end
+   * @param options Signal and progress
+   */
   protected async mend(
     _current: MachineSpec,
-    _spec: MachineSpec,
+    _spec: MachineSpec | undefined,
     _options: OperationOptions,
   ): Promise<void> {}
 
@@ -341,9 +347,7 @@ export abstract class FileMachine<Files extends MachineFiles> implements Machine
   async #shutdown(timeout: number, options: OperationOptions): Promise<void> {
     const spec = await this.spec();
     if (spec && await this.isAlive()) {
-      // Whoever is about to stop needs no ports, which others may have by now.
-      const last = { ...spec, nics: spec.nics.map((nic) => ({ ...nic, forwards: [] })) };
-      await this.mend(spec, last, options).catch((error) => {
+      await this.mend(spec, undefined, options).catch((error) => {
         if (options.signal?.aborted) throw error;
         options.report?.(error instanceof Error ? error.message : String(error));
       });

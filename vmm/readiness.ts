@@ -98,7 +98,13 @@ async function requireRunning(machine: Machine): Promise<void> {
   );
 }
 
-async function consoleTail(machine: Machine): Promise<string> {
+/**
+ * Shows what a console ends with, for a message.
+ *
+ * @param machine The machine
+ * @returns Words that follow others
+ */
+export async function consoleTail(machine: Pick<Machine, "consoleLog">): Promise<string> {
   const text = await Deno.readTextFile(machine.consoleLog).catch(() => "");
   // deno-lint-ignore no-control-regex
   const lines = text.replaceAll(/\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f]/g, "").trimEnd().split("\n")

@@ -23,6 +23,7 @@ import { isBusy, removeIfThere, writeWhole } from "./files.ts";
 import { guestEndpoints } from "./guest/channel.ts";
 import { findPanic, tailOf } from "./machine_files.ts";
 import { machineFolder, type Paths } from "./paths.ts";
+import { consoleTail } from "./readiness.ts";
 import { SupervisorClient } from "./supervisor/client.ts";
 import {
   configurationJson,
@@ -42,7 +43,7 @@ export const START_TIMEOUT = 120_000;
 /** How long a machine may take to start that boots before it is said to run, in milliseconds. */
 const BOOT_TIMEOUT = 360_000;
 /** Words for the kernel of every guest: consoles; and what it need not look for, since each look takes time. */
-const COMMAND_LINE = "console=hvc0 hypertopia.control=hvc1 8250.nr_uarts=0";
+export const COMMAND_LINE = "console=hvc0 hypertopia.control=hvc1 8250.nr_uarts=0";
 
 /** Paths of a machine's files. */
 export interface SupervisedFiles extends MachineFiles {
@@ -165,10 +166,28 @@ export abstract class SupervisedMachine extends FileMachine<SupervisedFiles> {
     await this.#waitForStart(spec, child, options);
   }
 
-  async #waitForStart(spec: MachineSpec, child: Deno.ChildProcess, options: OperationOptions): Promise<void> {
+  /** A command that was killed leaves a machine that is still about to start. */
+  protected override async mend(
+    current: MachineSpec,
+    spec: MachineSpec | undefined,
+    options: OperationOptions,
+  ): Promise<void> {
+    using client = new SupervisorClient(this.files.api);
+    const status = await client.status({ signal: AbortSignal.timeout(3000) }).catch(() => undefined);
+    if (status?.state !== "Not started") return;
+    if (!spec) return await this.killNow();
+    options.report?.("waiting until it has started");
+    await this.#waitForStart(current, undefined, options);
+  }
+
+  async #waitForStart(
+    spec: MachineSpec,
+    child: Deno.ChildProcess | undefined,
+    options: OperationOptions,
+  ): Promise<void> {
     const started = Date.now();
     let isGone = false;
-    void child.status.then(() => isGone = true);
+    void child?.status.then(() => isGone = true);
     let deadline = Date.now() + START_TIMEOUT;
     using client = new SupervisorClient(this.files.api);
     while (true) {
@@ -176,6 +195,12 @@ export abstract class SupervisedMachine extends FileMachine<SupervisedFiles> {
       if (status?.state === "Running" || status?.state === "Paused") return;
       // It answers, and is at it.
       if (status && deadline < started + BOOT_TIMEOUT) deadline = started + BOOT_TIMEOUT;
+      if (!child) isGone = !(await this.isAlive());
+      const panic = status && await findPanic(this.files.consoleLog);
+      if (panic !== undefined) {
+        await this.killNow();
+        throw startError(spec, `its guest crashed (${panic})${await consoleTail(this)}`);
+      }
       if (isGone || Date.now() > deadline) {
         const { end } = await readJson<RunFile>(this.files.run) ?? {};
         // A guest can be faster than we look.

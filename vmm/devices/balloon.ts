@@ -203,6 +203,26 @@ export class BalloonDevice implements VirtioDevice {
     }
   }
 
+  /**
+   * See {@linkcode VirtioDevice.save}: the guest tells its size when it changes only.
+   *
+   * @returns The size in pages
+   */
+  save(): number {
+    return this.actual / PAGE;
+  }
+
+  /**
+   * See {@linkcode VirtioDevice.restore}.
+   *
+   * @param state What {@linkcode BalloonDevice.save} gave
+   */
+  restore(state: unknown): void {
+    const size = new DataView(new ArrayBuffer(4));
+    size.setUint32(0, Number(state), true);
+    this.writeConfig(ACTUAL, new Uint8Array(size.buffer));
+  }
+
   /** See {@linkcode VirtioDevice.reset}: the guest has all of its memory again. */
   reset(): void {
     this.#context = undefined;

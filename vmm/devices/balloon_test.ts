@@ -116,6 +116,10 @@ Deno.test("BalloonDevice tells the guest its target, and others what the guest d
   device.writeConfig(0, Uint8Array.of(9, 9, 9, 9, 6));
   assert.equal(device.target, 1 << 20);
   assert.equal(device.actual, 262 * PAGE);
+  // A guest that goes on elsewhere tells its size when it changes only.
+  const next = new BalloonDevice({ target: 0 });
+  next.restore(JSON.parse(JSON.stringify(device.save())));
+  assert.equal(next.actual, 262 * PAGE);
   guest.reset();
   assert.equal(device.actual, 0);
   assert.equal(device.target, 1 << 20);

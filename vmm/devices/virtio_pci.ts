@@ -381,6 +381,18 @@ export class VirtioPciFunction implements PciFunction, Disposable {
   }
 
   /**
+   * Tells whether what was saved is of a function with such a device: as many queues, no further features.
+   *
+   * @param state What was saved
+   * @returns Whether it is
+   */
+  fits(state: VirtioPciState): boolean {
+    return state.queues.length === this.#queues.length &&
+      state.configuration.length === this.device.config.length &&
+      (BigInt(state.accepted) & ~this.#offered) === 0n;
+  }
+
+  /**
    * Makes it be what it was for a guest whose memory has been restored. It must have an interrupt line.
    *
    * @param state What was saved of a function with the same device

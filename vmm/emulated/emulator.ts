@@ -14,6 +14,16 @@ import { InputTurn } from "./input_turn.ts";
 
 /** Which emulator it is, and which of its saved states it can take. */
 export const EMULATOR_VERSION = "0.5.462";
+/**
+ * Words for the kernel of every guest: what a machine without firmware lacks is not looked for, and what takes long and
+ * nobody needs here is not done.
+ */
+export const KERNEL_WORDS: string = [
+  "tsc=reliable",
+  "noisapnp",
+  "cryptomgr.notests",
+  "initcall_blacklist=load_system_certificate_list,init_kprobe_trace,crypto_kdf108_init",
+].join(" ");
 
 /** Where control registers, flags and segments are left by a boot loader (Linux 6.1 `Documentation/x86/boot.rst`). */
 const PROTECTED_MODE = 0x11;

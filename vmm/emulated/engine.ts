@@ -18,21 +18,25 @@ import type {
   UpdateResult,
 } from "../engine.ts";
 import { DATA_CHANNELS, delay, listMachines, machineIds, readJson } from "../file_machine.ts";
+import { removeIfThere } from "../files.ts";
 import { endPasst, startPasst } from "../net/passt.ts";
 import { ensureUserNetwork, releaseUserNetwork } from "../net/user_network_client.ts";
 import { userNetworkFiles } from "../net/user_network_protocol.ts";
 import { hostPaths, type Paths } from "../paths.ts";
-import { machineConfiguration, SupervisedMachine } from "../supervised_machine.ts";
+import { COMMAND_LINE, machineConfiguration, SupervisedMachine } from "../supervised_machine.ts";
 import type { WarmStart } from "../supervisor/config.ts";
 import type { RunFile } from "../supervisor/supervisor.ts";
-import { EMULATOR_VERSION, fetchEmulator } from "./emulator.ts";
+import { EMULATOR_VERSION, fetchEmulator, KERNEL_WORDS } from "./emulator.ts";
+import { SavedStates } from "./saved_states.ts";
 
 /** Most memory of a machine, in bytes: the emulator addresses no more. */
 const MAX_MEMORY = 2 ** 31 - 2 ** 20;
 /** How often it is tried to end a network that no machine uses, every 20 milliseconds. */
 const RELEASE_TRIES = 100;
 /** Of our own part of a saved state: changes with what is in it, and with what a guest does before it is saved. */
-const STATE_VERSION = 1;
+const STATE_VERSION = 2;
+/** Name of the file in a machine's folder that gets what it has booted to. */
+const SAVED = "saved.state";
 
 /** What an {@linkcode EmulatedEngine} is given. */
 export interface EmulatedEngineOptions {
@@ -181,7 +185,13 @@ export class EmulatedMachine extends SupervisedMachine {
     // Of a machine that does not start, nothing stays.
     await using started = new AsyncDisposableStack();
     started.defer(() => this.release(spec));
-    await Deno.mkdir(statesFolder(this.paths), { recursive: true, mode: 0o700 });
+    const warmStart = this.#warmStart(spec);
+    const states = new SavedStates(statesFolder(this.paths));
+    if (warmStart?.state !== undefined) {
+      await states.use(warmStart.state);
+      // Of a start that was cut off.
+      await removeIfThere(warmStart.save!);
+    }
     options.report?.("booting in the emulator");
     // Its supervisor waits for the networks, which start meanwhile.
     const failed = new AbortController();
@@ -194,8 +204,16 @@ export class EmulatedMachine extends SupervisedMachine {
     const launched = this.launchAlone(spec, { ...options, signal }, ["--v8-flags=--liftoff-only"]);
     const [connected, launch] = await Promise.allSettled([networks, launched]);
     await using _networks = connected.status === "fulfilled" ? connected.value : undefined;
+    if (launch.status === "rejected" && !signal.aborted && warmStart?.state !== undefined) {
+      // It may be what it went on from.
+      await removeIfThere(warmStart.state);
+    }
     for (const each of [connected, launch]) if (each.status === "rejected") throw each.reason;
     started.move();
+    if (warmStart?.state === undefined) return;
+    await states.adopt(warmStart.save!, warmStart.state).catch((error) => {
+      options.report?.(`others of its kind boot cold: ${error instanceof Error ? error.message : error}`);
+    });
   }
 
   /** Starts its networks, and what leads out of them. */
@@ -250,7 +268,7 @@ export class EmulatedMachine extends SupervisedMachine {
     if (!spec.hasAgent || initramfs === undefined || config === undefined) return undefined;
     // All that the guest has seen of its machine until it learns who it is.
     const kind = [
-      ...[STATE_VERSION, EMULATOR_VERSION, spec.kernel, initramfs, spec.cmdline],
+      ...[STATE_VERSION, EMULATOR_VERSION, KERNEL_WORDS, COMMAND_LINE, spec.kernel, initramfs, spec.cmdline],
       ...[spec.memory, spec.maxMemory, spec.nics.length, DATA_CHANNELS],
       spec.disks.map(({ size, readOnly }) => [size, readOnly]),
     ];
@@ -265,7 +283,9 @@ export class EmulatedMachine extends SupervisedMachine {
       nics: isSimple
         ? spec.nics.map(({ ip, cidr, gateway }) => ({ ip, prefix: Number(cidr.split("/")[1]), gateway }))
         : [],
-      ...(this.#options.isCold ? {} : { state: join(statesFolder(this.paths), `${key}.state`) }),
+      ...(this.#options.isCold
+        ? {}
+        : { state: join(statesFolder(this.paths), `${key}.state`), save: join(this.files.folder, SAVED) }),
     };
   }
 }

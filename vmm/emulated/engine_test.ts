@@ -78,7 +78,7 @@ Deno.test("machines of a kind go on from the same saved state, and others from a
 Deno.test("a cold machine has no saved state, nor has one without our agent", () => {
   const warm = warmStart()!;
   assert.ok(warm.state);
-  assert.deepEqual(warmStart({}, { isCold: true }), { ...warm, state: null });
+  assert.deepEqual(warmStart({}, { isCold: true }), { ...warm, state: null, save: null });
   assert.equal(warmStart({ hasAgent: false, initramfs: [] }), undefined);
 });
 

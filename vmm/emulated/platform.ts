@@ -189,22 +189,24 @@ export class EmulatedPlatform implements Platform<EmulatedVmm> {
     const vmm = new EmulatedVmm(this.#pc, parts);
     const warmStart = this.#warmStart;
     if (!warmStart) return vmm.load(), vmm;
-    const state = await this.#takeState();
+    const state = await this.#takeState(vmm);
     if (!state) {
       vmm.load({
         initramfs: [warmStart.initramfs],
         commandLine: `${parts.commandLine} ${TEMPLATE_WORD}`,
       });
+      vmm.isTemplate = true;
       return vmm;
     }
     try {
       await vmm.restore(state);
-    } catch (error) {
+    } catch (cause) {
       // The emulator is of no use any more.
-      await Deno.remove(warmStart.state!);
       throw new MachineError(
-        `Cannot go on from the saved state "${warmStart.state}", which was removed: run apply again, to boot cold`,
-        { cause: error },
+        `Cannot go on from the saved state "${warmStart.state}" as ${
+          cause instanceof Error ? cause.message : cause
+        }: run apply again, which boots cold`,
+        { cause },
       );
     }
     this.#isWarm = true;
@@ -213,11 +215,14 @@ export class EmulatedPlatform implements Platform<EmulatedVmm> {
   }
 
   /** Gives the state that was read; undefined where there is none that is of use. */
-  async #takeState(): Promise<MachineState | undefined> {
+  async #takeState(vmm: EmulatedVmm): Promise<MachineState | undefined> {
     const saved = this.#saved;
     this.#saved = undefined;
     try {
-      return await saved;
+      const state = await saved;
+      const reason = state && vmm.lacks(state);
+      if (reason === undefined) return state;
+      throw new MachineError(`Cannot go on from the saved state "${this.#warmStart!.state}" as ${reason}`);
     } catch (error) {
       this.#options.log.warn(`${error instanceof Error ? error.message : error}: it boots cold`);
       return undefined;

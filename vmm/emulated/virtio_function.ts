@@ -103,6 +103,16 @@ export class VirtioPortFunction implements EmulatedFunction, Disposable {
   }
 
   /**
+   * Tells whether what was saved is of such a function.
+   *
+   * @param state What was saved
+   * @returns Whether it is
+   */
+  fits(state: VirtioPciState): boolean {
+    return this.#function.fits(state);
+  }
+
+  /**
    * Makes it be what it was.
    *
    * @param state What was saved of a function with the same device

@@ -289,6 +289,14 @@ for (const features of [VIRTIO_F_VERSION_1, VIRTIO_F_VERSION_1 | VIRTIO_F_EVENT_
       state = JSON.parse(JSON.stringify(before.function.save()));
     }
     using after = new Bench(memory);
+    assert.ok(after.function.fits(state));
+    for (
+      const other of [
+        { queues: state.queues.slice(1) },
+        { configuration: [...state.configuration, 0] },
+        { accepted: String(BigInt(state.accepted) | 1n << 60n) },
+      ]
+    ) assert.ok(!after.function.fits({ ...state, ...other }));
     after.function.restore(state);
     assert.deepEqual(after.device.restored, [{ fill: 0x55 }]);
     assert.equal(after.device.context!.features, features);

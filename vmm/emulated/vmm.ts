@@ -9,19 +9,9 @@ import { LINUX_LAYOUT, loadLinux, openBootFile } from "../boot/linux.ts";
 import type { VirtioPciState } from "../devices/virtio_pci.ts";
 import { MachineError } from "../errors.ts";
 import type { EndReason, MachineParts, MachineVmm } from "../machine_host.ts";
-import { Emulator } from "./emulator.ts";
+import { Emulator, KERNEL_WORDS } from "./emulator.ts";
 import { VirtioPortFunction } from "./virtio_function.ts";
 
-/**
- * Words for the kernel of every guest: what a machine without firmware lacks is not looked for, and what takes long and
- * nobody needs here is not done.
- */
-const COMMAND_LINE = [
-  "tsc=reliable",
-  "noisapnp",
-  "cryptomgr.notests",
-  "initcall_blacklist=load_system_certificate_list,init_kprobe_trace,crypto_kdf108_init",
-].join(" ");
 /** How long devices may take to end what is under way, in milliseconds. */
 const QUIET_TIMEOUT = 10_000;
 
@@ -77,6 +67,8 @@ export class EmulatedPc implements AsyncDisposable {
 export class EmulatedVmm implements MachineVmm {
   /** Nothing leaves the guest for this process: it never was elsewhere. */
   readonly exits: Readonly<Record<string, number>> = {};
+  /** Whether it boots to where all of its kind are the same: from a restart it would not get there. */
+  isTemplate = false;
   readonly #parts: MachineParts;
   readonly #emulator: Emulator;
   readonly #functions: VirtioPortFunction[];
@@ -122,7 +114,7 @@ export class EmulatedVmm implements MachineVmm {
       kernel: files.use(openBootFile("kernel", kernel)),
       kernelName: kernel,
       initramfs: initramfs.map((path) => files.use(openBootFile("initramfs", path))),
-      commandLine: `${COMMAND_LINE} ${commandLine}`,
+      commandLine: `${KERNEL_WORDS} ${commandLine}`,
     });
     if (entry.protocol !== "linux32") {
       throw new MachineError(
@@ -185,7 +177,9 @@ export class EmulatedVmm implements MachineVmm {
 
   /** The guest reset the machine. */
   wasReset(): void {
-    if (this.#parts.onReset === "end") this.#end({ kind: "reset" });
+    if (this.isTemplate) {
+      this.#end({ kind: "crashed", detail: "the guest restarted before it was ready: see logs" });
+    } else if (this.#parts.onReset === "end") this.#end({ kind: "reset" });
     else this.restart();
   }
 
@@ -207,9 +201,22 @@ export class EmulatedVmm implements MachineVmm {
   }
 
   /**
-   * Makes the machine, into which nothing was loaded, be what another one was, with the same memory and devices.
+   * Tells why this machine cannot go on from a state.
    *
    * @param state What was saved
+   * @returns The reason; undefined where it can
+   */
+  lacks(state: MachineState): string | undefined {
+    const [had, has] = [state.functions.length, this.#functions.length];
+    if (had !== has) return `it has ${had} devices, and this machine has ${has}`;
+    const index = state.functions.findIndex((each, index) => !this.#functions[index]!.fits(each));
+    return index < 0 ? undefined : `its device "${this.#functions[index]!.name}" is another one`;
+  }
+
+  /**
+   * Makes the machine, into which nothing was loaded, be what another one was, with the same memory and devices.
+   *
+   * @param state What was saved, as far as {@linkcode EmulatedVmm.lacks} finds nothing
    */
   async restore(state: MachineState): Promise<void> {
     await this.#emulator.restore(state.emulator);

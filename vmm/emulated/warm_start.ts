@@ -13,6 +13,8 @@ import type { BootableConfiguration, WarmNic, WarmStart } from "../supervisor/co
 export const TEMPLATE_MARK = "hypertopia: template";
 /** Word for the kernel of a guest that is to say so. */
 export const TEMPLATE_WORD = "hypertopia.template";
+/** What a guest says, with the reason, that could not become what it is to be. */
+const REFUSAL = /hypertopia: refused ([ -~]*)\n/;
 /** How long a guest may take to boot so far, in milliseconds. */
 const BOOT_TIMEOUT = 300_000;
 /** How long a guest that was there already may take to say that it has understood, in milliseconds. */
@@ -31,6 +33,8 @@ const SIOCSIFHWADDR = 0x8924;
 const [IFF_UP, IFF_BROADCAST, IFF_MULTICAST] = [1, 2, 0x1000];
 const [RTF_UP, RTF_GATEWAY] = [1, 2];
 const RNDRESEEDCRNG = 0x5207;
+const BLKRRPART = 0x125f;
+const BLKFLSBUF = 0x1261;
 /** Size of the headers of a program, in bytes. */
 const HEADER_SIZE = 84;
 
@@ -73,10 +77,11 @@ export class TemplateLine implements Disposable {
       cpioArchive([{
         path: "/hypertopia/personal/wake",
         mode: 0o700,
-        content: wakeProgram(macs, warmStart.nics),
+        content: wakeProgram(macs, warmStart.nics, configuration.drives.length),
       }]),
     );
-    await send(this.#connection, archive);
+    // A guest that refuses need not have read all of it; why it cannot be sent is no better a reason.
+    send(this.#connection, archive).catch(() => {});
     await this.#waitFor("hypertopia: personal", ANSWER_TIMEOUT, "take what tells it from others");
   }
 
@@ -100,6 +105,8 @@ export class TemplateLine implements Disposable {
         this.#text = (this.#text + this.#decoder.decode(buffer.subarray(0, count), { stream: true })).slice(
           -4096,
         );
+        const refusal = REFUSAL.exec(this.#text)?.[1];
+        if (refusal !== undefined) throw new Error(refusal);
       }
       this.#text = "";
     } catch (cause) {
@@ -130,12 +137,17 @@ function joinArchives(first: Uint8Array, second: Uint8Array): Uint8Array<ArrayBu
 }
 
 /**
- * A program for the guest, which wakes up as another machine, or as none: it configures the NICs, sets the clock, adds a seed to the kernel's pool, and lets its random numbers begin anew from there (Linux 6.1
- * `arch/x86/entry/syscalls/syscall_32.tbl`, `include/uapi/linux/{sockios,if,route,random}.h`).
+ * A program for the guest, which wakes up as another machine, or as none: it configures the NICs, forgets what was read
+ * of other disks and reads the partition tables of its own, sets the clock, adds a seed to the kernel's pool, and lets its
+ * random numbers begin anew from there (Linux 6.1 `arch/x86/entry/syscalls/syscall_32.tbl`,
+ * `include/uapi/linux/{sockios,if,route,fs,random}.h`). As a NIC's permanent
+ * hardware address, a guest that stays in its initramfs goes on to show that of the machine that had booted so far: only a
+ * driver that starts reads it.
  */
 function wakeProgram(
   macs: readonly (string | undefined)[],
   nics: readonly WarmNic[],
+  diskCount: number,
 ): Uint8Array<ArrayBuffer> {
   const base = 0x1_0000;
   const milliseconds = Date.now();
@@ -147,8 +159,10 @@ function wakeProgram(
     return address;
   };
   const time = lay(words(Math.floor(milliseconds / 1000), 0, milliseconds % 1000 * 1_000_000, 0));
+  const layPath = (path: string) => lay(new TextEncoder().encode(`${path}\0`));
   const seed = lay(crypto.getRandomValues(new Uint8Array(SEED_SIZE)));
-  const path = lay(new TextEncoder().encode("/dev/urandom\0"));
+  const path = layPath("/dev/urandom");
+  const disks = Array.from({ length: diskCount }, (_, index) => layPath(`/dev/${diskName(index)}`));
   // struct ifreq: name and value.
   const requests: [request: number, address: number][] = [];
   const configure = (request: number, index: number, value: readonly number[]) => {
@@ -185,6 +199,14 @@ function wakeProgram(
     call(SYSCALL.ioctl, [ECX, request], [EDX, address]);
     code.push(...OR_RESULT_TO_ESI);
   }
+  for (const disk of disks) {
+    call(SYSCALL.open, [EBX, disk], [ECX, 0]);
+    code.push(...MOVE_RESULT_TO_EBX);
+    call(SYSCALL.ioctl, [ECX, BLKFLSBUF], [EDX, 0]);
+    code.push(...OR_RESULT_TO_ESI);
+    // The old table is forgotten even where this fails, as it does on a disk that is too small for a table.
+    call(SYSCALL.ioctl, [ECX, BLKRRPART], [EDX, 0]);
+  }
   call(SYSCALL.clockSettime64, [EBX, 0], [ECX, time]);
   code.push(...OR_RESULT_TO_ESI);
   call(SYSCALL.open, [EBX, path], [ECX, 1]);
@@ -204,6 +226,12 @@ function wakeProgram(
     ...data,
     ...code,
   ]);
+}
+
+/** Name of a virtio disk in the guest (Linux 6.1 `virtblk_name_format()`). */
+function diskName(index: number): string {
+  const letters = "abcdefghijklmnopqrstuvwxyz";
+  return index < 26 ? `vd${letters[index]}` : diskName(Math.floor(index / 26) - 1) + letters[index % 26];
 }
 
 /** A struct sockaddr_in without port. */

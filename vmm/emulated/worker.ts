@@ -34,6 +34,7 @@ class Machine {
   readonly controller: MachineController<EmulatedVmm>;
   readonly #platform: EmulatedPlatform;
   #confined = Promise.withResolvers<boolean>();
+  #isBooting = true;
 
   constructor(id: string) {
     this.#platform = new EmulatedPlatform({ id, log });
@@ -62,13 +63,18 @@ class Machine {
     let value: unknown;
     let failure: Failure | undefined;
     try {
-      value = method === "start"
-        ? await this.#start(args[0] as BootableConfiguration)
-        : await (controller[method] as (...args: readonly unknown[]) => unknown).apply(controller, [...args]);
+      if (method === "start") {
+        await this.#start(args[0] as BootableConfiguration);
+        this.#isBooting = false;
+      } else {value = await (controller[method] as (...args: readonly unknown[]) => unknown).apply(
+          controller,
+          [...args],
+        );}
     } catch (error) {
       failure = failureOf(error);
     }
-    const { state } = controller;
+    // Until it is told who it is, it is nobody.
+    const state = this.#isBooting ? "Not started" : controller.state;
     const report = controller.report();
     scope.postMessage({ type: "answer", number, state, report, ...(failure ? { failure } : { value }) });
   }
@@ -85,9 +91,10 @@ class Machine {
       using line = await TemplateLine.connect(channels.control);
       if (!this.#platform.isWarm) {
         await line.waitForMark();
-        if (warmStart.state !== undefined) await this.#save(warmStart.state, warmStart.key);
+        if (warmStart.save !== undefined) await this.#save(warmStart.save, warmStart.key);
       }
       await line.personalize(configuration, warmStart);
+      if (controller.vmm) controller.vmm.isTemplate = false;
       log.info("the guest was told who it is");
     } catch (error) {
       await controller.kill();
@@ -104,9 +111,9 @@ class Machine {
       const state = await vmm.save();
       vmm.resume();
       await writeState(path, key, state);
-      log.info(`the state of machines of this kind was saved to ${path}`);
+      log.info("the state of machines of this kind was saved");
     } catch (error) {
-      log.warn(`the state of machines of this kind was not saved to ${path}: ${failureOf(error).message}`);
+      log.warn(`the state of machines of this kind was not saved: ${failureOf(error).message}`);
     } finally {
       vmm.resume();
     }

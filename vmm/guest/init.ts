@@ -129,23 +129,43 @@ tell_agent() {
   echo "$2" >"$run/go.$1"
 }
 
+# refuse WORDS: to go on as nobody, or as another machine. The host hears why.
+refuse() {
+  echo "hypertopia: refused $*" >&3
+  fail "$*"
+}
+
 # personalize: up to here all machines of a kind are the same, and one may go on from what another one was. The
 # host sends an archive. Each program that is run costs time.
 personalize() {
   prepare
   # The agent waits for its word, which is worth more than the time that its start takes here.
-  mkfifo "$run/go.serve" "$run/go.command" "$run/go.console"
+  mkfifo "$run/go.serve" "$run/go.command" "$run/go.console" "$run/never"
   start_agent wait serve
   start_agent wait command
   start_agent wait console "$console"
   exec 3<>"/dev/$control"
   stty raw -echo <&3
   # It is there already when there is something for it.
-  cpio -idu <&3 2>/dev/null &
+  cpio -idu <&3 2>"$run/unpacked" &
   until read -r number name state rest <"/proc/$!/stat" && [ "$name $state" = "(cpio) S" ]; do :; done
   echo "hypertopia: template" >&3
-  wait "$!"
-  /hypertopia/personal/wake || say "addresses, clock or random numbers of this machine are not its own"
+  if ! wait "$!"; then
+    reason=
+    read -r reason <"$run/unpacked"
+    refuse "it could not unpack its configuration and files (\${reason:-no reason was given}): give it more memory, or less to unpack"
+  fi
+  /hypertopia/personal/wake ||
+    refuse "its addresses, clock, random numbers or disks are still those of the machine it was before"
+  # What goes on from the state of another machine would show that one's hardware address as the permanent one, which only
+  # a driver that starts reads. A guest that stays here has nobody to ask for it.
+  if [ -f /hypertopia/config/root ]; then
+    for entry in /sys/bus/virtio/drivers/virtio_net/virtio*; do
+      [ -e "$entry" ] || continue
+      echo "\${entry##*/}" >/sys/bus/virtio/drivers/virtio_net/unbind
+      echo "\${entry##*/}" >/sys/bus/virtio/drivers/virtio_net/bind
+    done
+  fi
   echo "hypertopia: personal" >&3
   exec 3>&-
 }
@@ -296,9 +316,10 @@ if ! [ -f /hypertopia/config/root ]; then
   tell_agent serve go || start_agent serve
   start_command
   if [ -n "$template" ]; then
-    # The machine is wanted at once; the rest can wait for a moment.
+    # The machine is wanted at once; the rest can wait for a moment, which takes no program. Nobody else has that pipe open:
+    # one that the agent waits for would end for it here.
     {
-      read -r -t 1 word <>"$run/go.console"
+      read -r -t 1 word <>"$run/never"
       tell_agent console go
       rm -rf "$run/config/files"
     } &

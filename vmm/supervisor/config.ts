@@ -203,8 +203,10 @@ export interface ChannelsConfiguration {
 
 /** How an emulated machine boots to where all of its kind are the same. */
 export interface WarmStart {
-  /** Path of the file with what one of its kind had booted to; none is used or written without it. */
+  /** Path of the file with what one of its kind had booted to, where there is one. */
   readonly state?: string;
+  /** Path of the file that gets what it has booted to itself, in its own folder; it is not saved unless told. */
+  readonly save?: string;
   /** Digest of all that machines of its kind are made of. */
   readonly key: string;
   /** Path of the initramfs, without what tells one machine from another. */
@@ -881,6 +883,7 @@ const hypertopiaJson = object<HypertopiaConfiguration>({
     "warm_start",
     object<WarmStart>({
       state: optional("state", filePath),
+      save: optional("save", filePath),
       key: required("key", name),
       initramfs: required("initramfs", filePath),
       config: required("config", filePath),

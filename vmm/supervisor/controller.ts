@@ -4,7 +4,6 @@
  * @module
  */
 
-import { dirname } from "node:path";
 import { BalloonDevice } from "../devices/balloon.ts";
 import { BlockDevice } from "../devices/block.ts";
 import type { BlockFile } from "../devices/block_file.ts";
@@ -464,12 +463,10 @@ export class MachineController<Vmm extends MachineVmm = MachineVmm> implements C
         bootSource.kernelImagePath,
         ...initramfs,
         ...nics.files,
+        // A saved state is being read already.
         ...(warmStart ? [warmStart.initramfs, warmStart.config] : []),
       ],
-      readWrite: [
-        ...configuration.drives.map(({ pathOnHost }) => pathOnHost),
-        ...(warmStart?.state === undefined ? [] : [dirname(warmStart.state)]),
-      ],
+      readWrite: configuration.drives.map(({ pathOnHost }) => pathOnHost),
     }, bootMemoryMib(configuration.machine) * MEBIBYTE);
     const vmm = resources.use(
       await platform.build(

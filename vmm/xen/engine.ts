@@ -156,14 +156,14 @@ export class XenMachine extends FileMachine<XenFiles> {
   /** Where only the process is gone that keeps its consoles, the guest does not notice. */
   protected override async mend(
     current: MachineSpec,
-    spec: MachineSpec,
+    spec: MachineSpec | undefined,
     options: OperationOptions,
   ): Promise<void> {
     if (await this.#isUnstarted()) return await this.killNow();
     if (await keeperOf(this.files)) return;
     options.report?.("starting the process that keeps its consoles");
-    // Ports that it had may be others' by now.
-    const wanted = new Map(spec.nics.map(({ name, forwards }) => [name, forwards]));
+    // Ports that it had may be others' by now, and whoever is to end needs none.
+    const wanted = new Map(spec?.nics.map(({ name, forwards }) => [name, forwards]));
     const nics = current.nics.map((nic) => ({ ...nic, forwards: wanted.get(nic.name) ?? [] }));
     await this.record({ ...current, nics });
     await this.#startKeeper(current, options);
